@@ -1,0 +1,79 @@
+"""Names: stored tensor, module parameter, unit of the walk, and patterns over them.
+
+A *parameter* is what the model built by transformers calls a weight; a *stored name* is what the
+checkpoint calls the same dense weight on disk. A *module* is either name without `.weight`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from qmerge.errors import RecipeError
+
+WEIGHT = ".weight"
+
+
+def module_of(name: str) -> str:
+    """The module that owns the weight `name`; names of other tensors lose their last part too."""
+    return name.rpartition(".")[0]
+
+
+def under(name: str, path: str) -> str | None:
+    """`name` relative to the module `path`, or None where it lies outside."""
+    if not path:
+        return name
+    return name[len(path) + 1 :] if name.startswith(f"{path}.") else None
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameMap:
+    """One checkpoint's stored names against the parameters of the model built for it."""
+
+    stored: Mapping[str, str]
+    """Parameter to stored name."""
+    unknown: tuple[str, ...] = ()
+    """Stored names that the model has no parameter for."""
+    missing: tuple[str, ...] = ()
+    """Parameters that the checkpoint does not hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One step of the walk, and one shard of the release."""
+
+    kind: str
+    """`embedding`, `layer` or `head`."""
+    path: str
+    """Module path for a layer, else empty."""
+    index: int
+    """Depth of a layer; -1 for the others."""
+    parameters: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"layer {self.index}" if self.kind == "layer" else self.kind
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a PATTERN (a glob, or a regular expression after `re:`) fits a whole name."""
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise RecipeError(
+            f"pattern {pattern!r} is not a regular expression: {error}",
+            hint="leave out `re:` to use a glob such as '*.mlp.*'",
+        ) from error
+
+
+def common_unit(parameter: str, layer_paths: Iterable[str]) -> str | None:
+    """The layer path that holds `parameter`, or None where it is outside the layers."""
+    return next((path for path in layer_paths if under(parameter, path) is not None), None)
