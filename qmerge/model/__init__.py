@@ -1,0 +1,1 @@
+"""The model as transformers builds it, walked one decoder layer at a time."""

@@ -1,0 +1,284 @@
+"""The model without its decoder layers: what happens before, between and after them.
+
+The model's own forward is run with its layers replaced: by recorders, to learn the first hidden
+states and what each layer is called with; by a passage, to learn what follows the last layer. So
+embedding scales, learned positions, masks, rotary tables, final norms and soft caps are the
+model's own, whatever it is.
+
+W: windows, S: tokens of a window, H: hidden width, R: rows, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from qmerge.errors import ModelError
+from qmerge.model.layer import Call, Hidden, fill
+from qmerge.model.skeleton import Skeleton, build_skeleton, first_line
+
+ROWS_AT_ONCE = 8192
+"""Rows of an embedding or head that are held as float32 at one time."""
+
+
+class OuterWeights(Protocol):
+    """Parameters outside the decoder layers, by parameter name."""
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def row_count(self, name: str) -> int: ...
+
+
+class Frame:
+    """One arm's embedding, final norm and head around absent decoder layers."""
+
+    def __init__(self, skeleton: Skeleton, weights: OuterWeights) -> None:
+        own = build_skeleton(skeleton.model.config)
+        self._model: Any = own.model
+        self._layers = [self._model.get_submodule(own.layer_path(i)) for i in range(own.layer_count)]
+        self._weights = weights
+        self._embedding = self._model.get_input_embeddings()
+        self._head = self._model.get_output_embeddings()
+        aliases = skeleton.tied()
+        embedding = _weight_name(self._model, self._embedding)
+        self._embedding_name = aliases.get(embedding, embedding)
+        head = _weight_name(self._model, self._head)
+        self._head_name = aliases.get(head, head)
+        large = {embedding, head, *aliases}
+        inside = f"{own.layers_path}."
+        small = {
+            name: weights.tensor(name)
+            for name in skeleton.parameters()
+            if not name.startswith(inside) and name not in large
+        }
+        self._model.load_state_dict(small, strict=False, assign=True)
+        self._model.requires_grad_(False)
+        self._returns_tuple: bool | None = None
+        self._sample_layer = skeleton.layer(0).to("meta")
+
+    @property
+    def vocabulary(self) -> int:
+        return self._weights.row_count(self._head_name)
+
+    def enter(self, tokens_WS: torch.Tensor) -> tuple[Hidden, tuple[Call, ...]]:
+        """Hidden states before the first layer [W, S, H], and what each layer is called with."""
+        calls: list[Call] = []
+        first: list[Hidden] = []
+
+        def recorder(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
+            if not first:
+                first.append(hidden)
+            calls.append(Call(args=args, kwargs=kwargs))
+            if len(calls) == len(self._layers):
+                raise _Recorded
+            return self._as_layer_returns(hidden, calls[0])
+
+        used, compact_WS = tokens_WS.unique(return_inverse=True)
+        self._embedding.weight = nn.Parameter(
+            self._gather(self._embedding_name, used), requires_grad=False
+        )
+        for layer in self._layers:
+            layer.forward = recorder
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=compact_WS, use_cache=False)
+        except _Recorded:
+            return first[0], tuple(calls)
+        raise ModelError(
+            f"{type(self._model).__name__} ran {len(calls)} of its {len(self._layers)} layers",
+            hint="qmerge walks models that run each decoder layer once, in order",
+        )
+
+    def calls(self, length: int) -> tuple[Call, ...]:
+        """What each layer is called with for windows of `length` tokens, however many there are.
+
+        Taken from one window: masks, positions and rotary tables broadcast over windows of equal
+        length, which the probe proves for the architecture.
+        """
+        return self.enter(torch.zeros(1, length, dtype=torch.long))[1]
+
+    def leave(self, hidden_WSH: Hidden) -> Hidden:
+        """What the head reads: the hidden states after the last layer through the final norm."""
+        caught: list[Hidden] = []
+
+        def passage(_hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
+            return self._as_layer_returns(hidden_WSH, Call(args=args, kwargs=kwargs))
+
+        def catch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            caught.append(inputs[0])
+            raise _Recorded
+
+        for layer in self._layers:
+            layer.forward = passage
+        windows, length, _ = hidden_WSH.shape
+        tokens = torch.zeros(windows, length, dtype=torch.long)
+        self._embedding.weight = nn.Parameter(
+            self._weights.rows(self._embedding_name, 0, 1), requires_grad=False
+        )
+        handle = self._head.register_forward_pre_hook(catch)
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=tokens, use_cache=False)
+        except _Recorded:
+            return caught[0]
+        finally:
+            handle.remove()
+        raise ModelError(f"{type(self._model).__name__} does not end in its output embedding")
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """The head's weight for tokens [start, stop), fewer at the vocabulary's end: [v, H]."""
+        return self._weights.rows(self._head_name, start, min(stop, self.vocabulary))
+
+    def logits(self, rows_RH: Hidden, start: int, weight_VH: torch.Tensor) -> torch.Tensor:
+        """Logits [R, v] of one slice of the vocabulary, with the model's own scale and soft cap."""
+        stop = start + weight_VH.shape[0]
+        bias = getattr(self._head, "bias", None)
+        self._head.weight = nn.Parameter(weight_VH, requires_grad=False)
+        decoders = {self._model.base_model, self._model.get_decoder()}
+        for decoder in decoders:
+            decoder.forward = lambda *_a, **_k: _decoder_output(rows_RH[None])
+        if bias is not None:
+            self._head.bias = nn.Parameter(bias[start:stop], requires_grad=False)
+        try:
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=torch.zeros(1, rows_RH.shape[0], dtype=torch.long), use_cache=False
+                )
+        finally:
+            for decoder in decoders:
+                del decoder.forward
+            if bias is not None:
+                self._head.bias = bias
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _as_layer_returns(self, hidden_WSH: Hidden, call: Call) -> Any:
+        """Hidden states in the form that this model's loop expects of a layer: bare or in a tuple.
+
+        Learnt once by running the layer on the meta device, where nothing is computed. A layer that
+        cannot run there (experts ask which tokens they got) is taken as bare; the probe would tell.
+        """
+        if self._returns_tuple is None:
+            args, kwargs = tree_map(_to_meta, (call.args, dict(call.kwargs)))
+            try:
+                output = self._sample_layer(hidden_WSH.to("meta"), *args, **kwargs)
+            except NotImplementedError:
+                output = hidden_WSH
+            self._returns_tuple = isinstance(output, tuple)
+        return (hidden_WSH,) if self._returns_tuple else hidden_WSH
+
+    def _gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (sorted) of a large tensor, read in slices."""
+        parts = []
+        for start in range(0, self._weights.row_count(name), ROWS_AT_ONCE):
+            stop = min(start + ROWS_AT_ONCE, self._weights.row_count(name))
+            inside = ids[(ids >= start) & (ids < stop)]
+            if len(inside):
+                parts.append(self._weights.rows(name, start, stop)[inside - start])
+        return torch.cat(parts)
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+class _Recorded(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
+def _decoder_output(hidden: Hidden) -> Any:
+    """What a decoder returns, with nothing in it but the last hidden states."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Bare(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            # Router logits, cross attentions and such: not asked for, so absent.
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return Bare(last_hidden_state=hidden)
+
+
+def _weight_name(model: nn.Module, module: nn.Module) -> str:
+    names = (name for name, candidate in model.named_modules() if candidate is module)
+    return f"{next(names)}.weight"
+
+
+def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
+    """Prove that this model can be walked: streamed equals plain forward on random weights.
+
+    The same class with few layers and a small vocabulary; raises `ModelError` when they differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import copy
+
+    from qmerge.model.skeleton import text_config
+
+    config = copy.deepcopy(skeleton.model.config)
+    text = text_config(config)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        layers = max(layers, 1 + max(kinds.index(kind) for kind in set(kinds)))
+        text.layer_types = kinds[: min(layers, len(kinds))]
+    text.num_hidden_layers = min(layers, skeleton.layer_count)
+    if text is config:
+        config.vocab_size = min(config.vocab_size, 512)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(config, name, None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        ids = torch.randint(0, min(512, text.vocab_size), (2, tokens))
+    small = build_skeleton(config)
+    state = model.state_dict()
+    frame = Frame(small, _StateWeights(state))
+    try:
+        with torch.inference_mode():
+            expected = model(input_ids=ids, use_cache=False).logits
+        hidden, _ = frame.enter(ids)
+        for index, call in enumerate(frame.calls(tokens)):
+            layer = small.layer(index)
+            path = small.layer_path(index) + "."
+            fill(layer, {k[len(path) :]: v for k, v in state.items() if k.startswith(path)})
+            output = layer(hidden, *call.args, **call.kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        rows = frame.leave(hidden).flatten(0, 1)
+        parts = [
+            frame.logits(rows, start, frame.head_rows(start, start + ROWS_AT_ONCE))
+            for start in range(0, frame.vocabulary, ROWS_AT_ONCE)
+        ]
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(skeleton.model).__name__} cannot be run layer by layer: {first_line(error)}",
+            hint="this architecture keeps state between its layers that qmerge does not carry",
+        ) from error
+    difference = (torch.cat(parts, dim=-1).view_as(expected) - expected).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
+        raise ModelError(
+            f"{type(skeleton.model).__name__} run layer by layer differs from its own forward "
+            f"by {difference:.2g}",
+            hint="this architecture keeps state between its layers that qmerge does not carry",
+        )
+
+
+class _StateWeights:
+    """Outer weights from a state dictionary."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._state[name][start:stop]
+
+    def row_count(self, name: str) -> int:
+        return self._state[name].shape[0]

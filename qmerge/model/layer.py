@@ -1,0 +1,95 @@
+"""One decoder layer: fill it with weights, run it, find its linear sites.
+
+S: tokens of a window, H: hidden width, W: windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.errors import ModelError
+
+Hidden = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What the model itself passes to a decoder layer beside the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put real tensors in place of a module's meta parameters, by relative name.
+
+    Raises `ModelError` when one is left empty, so that no forward ever runs on nothing.
+    """
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ModelError(f"no weights for {', '.join(empty[:4])}")
+    module.requires_grad_(False)
+
+
+def run(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
+    """One forward of one layer; models that return tuples put the hidden states first."""
+    with torch.inference_mode():
+        output = layer(hidden_WSH, *call.args, **call.kwargs)
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+@contextmanager
+def before_linears(
+    layer: nn.Module, names: Mapping[str, nn.Module], action: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `action(name, input)` right before each of the named linears runs."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, inputs: action(name, inputs[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in names.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def sibling_groups(
+    layer: nn.Module, hidden_1SH: Hidden, call: Call, names: Mapping[str, nn.Module]
+) -> tuple[tuple[str, ...], ...]:
+    """Linears in the order they run, those that read the very same tensor together.
+
+    Such siblings (q/k/v, gate/up) share a Hessian, and servers fuse them. Found by running one
+    window; linears that did not run (an expert without tokens) are groups of their own at the end.
+    """
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+
+    def note(name: str, inputs: torch.Tensor) -> None:
+        for tensor, members in seen:
+            if tensor is inputs or (
+                tensor.data_ptr() == inputs.data_ptr() and tensor.shape == inputs.shape
+            ):
+                members.append(name)
+                return
+        # Holding the tensor keeps its address from being used again for another one.
+        seen.append((inputs, [name]))
+
+    with before_linears(layer, names, note):
+        run(layer, hidden_1SH, call)
+    ran = {name for _, members in seen for name in members}
+    idle = [(name,) for name in names if name not in ran]
+    return (*(tuple(members) for _, members in seen), *idle)

@@ -1,0 +1,205 @@
+"""The model as transformers builds it, on the meta device: names and shapes, no weights.
+
+Nothing here knows an architecture. transformers makes the modules and says how checkpoint keys are
+renamed; the list of decoder layers is the one whose length the configuration states.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.errors import ModelError
+from qmerge.names import NameMap, Unit, common_unit
+
+REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A causal language model on the meta device and where its decoder layers are."""
+
+    model: Any
+    layers_path: str
+    layer_count: int
+
+    def layer_path(self, index: int) -> str:
+        return f"{self.layers_path}.{index}"
+
+    def layer(self, index: int) -> nn.Module:
+        """A fresh copy of one decoder layer: parameters on meta, computed buffers real."""
+        layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.layer_path(index)))
+        return layer.eval()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter and saved buffer by name; tied ones once, under their first name."""
+        aliases = self.tied()
+        return {name: t for name, t in self.model.state_dict().items() if name not in aliases}
+
+    def tied(self) -> dict[str, str]:
+        """Parameters that are another one under a second name, such as a tied head."""
+        first: dict[int, str] = {}
+        aliases: dict[str, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owner = first.setdefault(id(parameter), name)
+            if owner != name:
+                aliases[name] = owner
+        return aliases
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Linear modules inside the decoder layers: what GPTQ can quantize."""
+        inside = self.model.get_submodule(self.layers_path).named_modules()
+        return {
+            f"{self.layers_path}.{name}": module
+            for name, module in inside
+            if isinstance(module, nn.Linear)
+        }
+
+    def units(self) -> tuple[Unit, ...]:
+        """The walk's order: what comes before the layers, each layer, and what comes after."""
+        paths = [self.layer_path(index) for index in range(self.layer_count)]
+        owned: dict[str | None, list[str]] = {}
+        embedding = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        first: list[str] = []
+        for name, tensor in self.parameters().items():
+            parameter = self.model.get_parameter(name) if _is_parameter(self.model, name) else tensor
+            if id(parameter) in embedding:
+                first.append(name)
+            else:
+                owned.setdefault(common_unit(name, paths), []).append(name)
+        middle = [
+            Unit(kind="layer", path=path, index=index, parameters=tuple(owned.get(path, ())))
+            for index, path in enumerate(paths)
+        ]
+        return (
+            Unit(kind="embedding", path="", index=-1, parameters=tuple(first)),
+            *middle,
+            Unit(kind="head", path="", index=-1, parameters=tuple(owned.get(None, ()))),
+        )
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(path)._parameters
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint, without its quantization."""
+    from transformers import AutoConfig
+
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if raw.get("auto_map") and not trust_remote_code:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if raw.get("model_type") not in CONFIG_MAPPING:
+            raise ModelError(
+                f"{folder / 'config.json'}: model type {raw.get('model_type')!r} needs code of its own",
+                hint=REMOTE_CODE_HINT,
+            )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: transformers cannot read this configuration: {first_line(error)}",
+            hint="check model_type and the version of transformers that it needs",
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
+    """Build the causal language model of `config` on the meta device in float32.
+
+    Computed buffers (rotary frequencies, embedding scales) are real, because some of them are
+    never in a checkpoint.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+            # The loop over experts in float32; grouped kernels want bf16 and a device of their own.
+            model.set_experts_implementation("eager")
+    except Exception as error:
+        raise ModelError(
+            f"model type {config.model_type!r} cannot be built as a causal language model: "
+            f"{first_line(error)}",
+            hint="qmerge walks decoder-only language models that transformers knows",
+        ) from error
+    model.eval()
+    model.tie_weights()
+    count = int(text_config(config).num_hidden_layers)
+    return Skeleton(model=model, layers_path=_find_layers(model, count), layer_count=count)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def _find_layers(model: nn.Module, count: int) -> str:
+    """Path of the module list with `count` entries that holds most parameters."""
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__} has no list of {count} decoder layers",
+            hint="qmerge walks models made of one list of decoder layers",
+        )
+    return max(lists)[1]
+
+
+def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
+    """Match stored names to the model's parameters as transformers itself would load them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = skeleton.model
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    parameters = skeleton.parameters()
+    aliases = skeleton.tied()
+    found: dict[str, str] = {}
+    unknown = []
+    for name in stored:
+        target, converted = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, known
+        )
+        if target not in known:
+            target, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
+        if converted is None and target in parameters:
+            found[target] = name
+        elif target not in aliases and not _is_ignored(model, name, target):
+            unknown.append(name)
+    missing = tuple(name for name in parameters if name not in found)
+    return NameMap(stored=found, unknown=tuple(unknown), missing=missing)
+
+
+def _is_ignored(model: Any, *names: str) -> bool:
+    """Whether transformers drops this tensor when it loads the model (old rotary caches, say)."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

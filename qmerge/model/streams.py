@@ -1,0 +1,130 @@
+"""Hidden states of every arm and corpus, spilled to disk in two generations.
+
+A layer reads one generation and writes the other; the journal names the one that is whole, so a
+kill in the middle of writing loses nothing. Only a batch of windows is ever in memory.
+
+W: windows, S: tokens of a window, H: hidden width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qmerge.errors import StorageError
+
+BYTES_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One arm's hidden states on one corpus: what `Streams` holds under a key."""
+
+    key: str
+    windows: int
+    length: int
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.windows * self.length * self.width
+
+
+class Streams:
+    """Float32 hidden states by key ("trained.shakespeare"), two files each."""
+
+    def __init__(self, folder: Path, streams: Mapping[str, Stream], *, generation: int = 0) -> None:
+        self.folder = folder
+        self.generation = generation
+        self._streams = dict(streams)
+        # Numbers, because the name of a corpus need not be one of a file.
+        self._numbers = {key: number for number, key in enumerate(self._streams)}
+        self._digests: dict[str, hashlib._Hash] = {}
+        self._written: dict[str, int] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def stream(self, key: str) -> Stream:
+        return self._streams[key]
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._streams)
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Windows [start, stop) of the whole generation as [w, S, H]."""
+        return self._read(key, self.generation, start, stop)
+
+    def fresh(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """The same of the generation that is being written, once it has them."""
+        return self._read(key, self.generation ^ 1, start, stop)
+
+    def _read(self, key: str, generation: int, start: int, stop: int) -> torch.Tensor:
+        stream = self._streams[key]
+        hidden = torch.empty(stop - start, stream.length, stream.width)
+        view = memoryview(hidden.numpy()).cast("B")
+        path = self._path(key, generation)
+        with path.open("rb") as file:
+            file.seek(4 * start * stream.length * stream.width)
+            if file.readinto(view) != len(view):
+                raise StorageError(
+                    f"{path}: hidden states are cut short",
+                    hint="run again with --restart",
+                )
+        return hidden
+
+    def append(self, key: str, hidden_WSH: torch.Tensor) -> None:
+        """Add windows, in order, to the generation that is being written."""
+        path = self._path(key, self.generation ^ 1)
+        begin = key not in self._written
+        data = memoryview(hidden_WSH.float().contiguous().cpu().numpy()).cast("B")
+        with path.open("wb" if begin else "ab") as file:
+            file.write(data)
+        self._digests.setdefault(key, hashlib.sha256()).update(data)
+        self._written[key] = self._written.get(key, 0) + len(data)
+
+    def commit(self) -> dict[str, str]:
+        """Force the new generation to disk; its digests by key. Call `turn` once journalled."""
+        for key, stream in self._streams.items():
+            assert self._written.get(key) == stream.nbytes, key
+            with self._path(key, self.generation ^ 1).open("rb") as file:
+                os.fsync(file.fileno())
+        return {key: digest.hexdigest() for key, digest in self._digests.items()}
+
+    def turn(self) -> None:
+        """Make the generation just committed the one that is read."""
+        self.generation ^= 1
+        self._digests.clear()
+        self._written.clear()
+
+    def discard(self) -> None:
+        """Forget what was written of a layer that did not finish."""
+        self._digests.clear()
+        self._written.clear()
+
+    def check(self, digests: Mapping[str, str]) -> None:
+        """Compare the whole generation with journalled digests; `StorageError` names a bad file."""
+        for key, expected in digests.items():
+            path = self._path(key, self.generation)
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise StorageError(f"{path}: {error}", hint="run again with --restart") from error
+            if found != expected:
+                raise StorageError(
+                    f"{path}: hidden states differ from what the journal recorded",
+                    hint="run again with --restart",
+                )
+
+    def _path(self, key: str, generation: int) -> Path:
+        return self.folder / f"{self._numbers[key]:03}.{generation}.f32"
+
+
+def batches(windows: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover `windows`, `at_once` each."""
+    for start in range(0, windows, at_once):
+        yield start, min(start + at_once, windows)
