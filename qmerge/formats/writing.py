@@ -1,0 +1,66 @@
+"""The formats a release can be written in, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from qmerge.formats import gptq
+from qmerge.formats.base import IntegerWeight
+
+OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+
+
+def pack(weight: IntegerWeight, form: OutputFormat) -> dict[str, Tensor]:
+    """The stored tensors of one linear by suffix, as in `qweight` for `X.qweight`."""
+    if form == "compressed-tensors":
+        from qmerge.formats import compressed_tensors
+
+        return compressed_tensors.pack_compressed(weight)
+    return gptq.pack_gptq(weight, version=2 if form == "gptq_v2" else 1)
+
+
+def quantization_config(
+    form: OutputFormat,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    order: Literal["none", "group", "full"],
+    damping: float,
+    writer: str,
+    quantized: Iterable[str],
+    kept: Iterable[str],
+) -> dict[str, Any]:
+    """The `quantization_config` that readers of the format need.
+
+    `quantized` and `kept` name the linears of the decoder layers that are packed and that stay
+    dense.
+    """
+    if form == "compressed-tensors":
+        from qmerge.formats import compressed_tensors
+
+        return compressed_tensors.quantization_config(
+            bits=bits, group_size=group_size, symmetric=symmetric, order=order, kept=kept
+        )
+    return gptq.quantization_config(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        desc_act=order == "full",
+        version=2 if form == "gptq_v2" else 1,
+        damping=damping,
+        writer=writer,
+        quantized=quantized,
+        kept=kept,
+    )
+
+
+def packed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
+    """Bytes of a packed linear [O, I]: codes, steps, zero points and group indices."""
+    out_features, in_features = shape
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    codes = out_features * in_features * bits // 8
+    return codes + groups * out_features * 2 + groups * out_features * bits // 8 + 4 * in_features

@@ -1,0 +1,342 @@
+"""The main job: plan, walk, score, choose, publish."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmerge import __version__
+from qmerge.corpus import Corpus, overlap
+from qmerge.errors import StorageError
+from qmerge.measure import paired_estimate, pool_survival, score_arms, worst_windows
+from qmerge.options import options
+from qmerge.plan import Job, disk_bytes, load_tokenizer, make_plan
+from qmerge.progress import Progress, Silent
+from qmerge.recipe import Recipe
+from qmerge.release import (
+    folder_record,
+    license_of,
+    quantization_settings,
+    write_config,
+    write_papers,
+    write_side_files,
+)
+from qmerge.results import (
+    ArmScore,
+    Candidate,
+    Corpora,
+    CorpusRecord,
+    Estimate,
+    InputRecord,
+    LayerResult,
+    RunResult,
+    StrategyResult,
+    encode,
+)
+from qmerge.stages.evaluate import Scored
+from qmerge.storage.shards import write_index
+from qmerge.walk import REFERENCE, Walk, merged_arm, release_arm
+from qmerge.workspace import Workspace, disk_free, partial
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "bitsandbytes")
+RELEASE = "release"
+MERGED = "merged"
+
+Scores = dict[str, dict[str, ArmScore]]
+
+
+def run(recipe: Recipe, progress: Progress | None = None) -> RunResult:
+    """Make a release and its report at `recipe.out`.
+
+    Raises `PlanError` with every fault before anything is written. Whatever ends a run early,
+    nothing appears at `out`, and the same recipe goes on from the last finished unit.
+    """
+    progress = progress or Silent()
+    began = time.monotonic()
+    progress.stage("plan", 1)
+    progress.step("reading headers")
+    job = make_plan(recipe).ready()
+    inputs = _hash_inputs(job, progress)
+    with Workspace.open(recipe.out, _fingerprint(job, inputs), restart=recipe.restart) as workspace:
+        _check_disk(job, workspace)
+        for note in job.notes:
+            progress.warn(note)
+        walk = Walk(job, workspace, progress)
+        _walk(walk, progress)
+        progress.stage("score", len(job.evaluation))
+        progress.step("final norm and head")
+        result = _result(walk, walk.scores(), inputs, time.monotonic() - began)
+        assert result.strategy is not None
+        progress.stage("publish", 1)
+        progress.step(str(recipe.out))
+        return _publish(walk, result, result.strategy.chosen)
+
+
+def _walk(walk: Walk, progress: Progress) -> None:
+    finished = walk.resume()
+    progress.stage("walk", len(walk.units))
+    work = {"embedding": walk.embedding, "layer": walk.layer, "head": walk.head}
+    for unit in walk.units:
+        progress.step(unit.label)
+        if unit.label not in finished:
+            work[unit.kind](unit)
+
+
+def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
+    """Every file that goes in, with its digest, so that a report can be checked and a run resumed."""
+    recipe = job.recipe
+    folders = {"base": recipe.base, "adapter": recipe.adapter, "original": recipe.original}
+    given = {role: folder for role, folder in folders.items() if folder is not None}
+    progress.stage("digest", len(given))
+    records = {}
+    for role, folder in given.items():
+        progress.step(f"{role} {folder}")
+        records[role] = folder_record(folder, license=license_of(folder))
+    adapter = job.injection.adapter
+    records["base"] = replace(records["base"], format=job.base.format.name, model=adapter.base_name)
+    records["adapter"] = replace(
+        records["adapter"], format=adapter.kind, details={"rank": adapter.rank}
+    )
+    return records
+
+
+def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
+    """What must be the same for a stopped run to be gone on with."""
+    asked = {
+        each.name: encode(getattr(job.recipe, each.name))
+        for each in options(Recipe)
+        if not each.transient and each.name != "out"
+    }
+    texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
+    files = {role: dict(record.files) for role, record in inputs.items()}
+    return encode(
+        {"qmerge": __version__, "recipe": asked, "inputs": files, "texts": texts}
+    )  # type: ignore[no-any-return]
+
+
+def _check_disk(job: Job, workspace: Workspace) -> None:
+    needed = disk_bytes(job)
+    free = disk_free(workspace.folder)
+    if not workspace.finished() and free < needed:
+        raise StorageError(
+            f"{workspace.folder}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free",
+            hint="free some space, or give an --out on another disk",
+        )
+
+
+# From scores to a result
+
+
+def _result(
+    walk: Walk, scored: Sequence[Scored], inputs: Mapping[str, InputRecord], seconds: float
+) -> RunResult:
+    job = walk.job
+    by_corpus = {found.corpus.name: score_arms(found.stats, REFERENCE) for found in scored}
+    strategy = _choose(job, by_corpus, walk.layers)
+    arms = _named_arms(by_corpus, strategy.chosen)
+    layers = tuple(_chosen_layer(layer, strategy.chosen, job.strategies) for layer in walk.layers)
+    return RunResult(
+        qmerge_version=__version__,
+        recipe=_plain_recipe(job.recipe),
+        strategy=strategy,
+        corpora=Corpora(
+            calibration=_corpus_record(job.calibration, job.recipe.seed),
+            evaluation={corpus.name: _corpus_record(corpus, None) for corpus in job.evaluation},
+        ),
+        arms=arms,
+        change={name: score.change for name, score in arms[RELEASE].items() if score.change},
+        survival=pool_survival([linear.survival for layer in layers for linear in layer.linears]),
+        layers=layers,
+        worst=_worst(job, scored, strategy.chosen),
+        inputs=inputs,
+        versions=versions(),
+        warnings=(*job.notes, *_overlaps(job), *_fallbacks(layers)),
+        timings={**walk.timings, "total": seconds},
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+def _choose(
+    job: Job, by_corpus: Mapping[str, Mapping[str, ArmScore]], layers: Sequence[LayerResult]
+) -> StrategyResult:
+    """The one strategy there is, or of two the release nearer to `trained` on in-domain text."""
+    name = next((c.name for c in job.evaluation if c.role == "in_domain"), job.evaluation[0].name)
+    scores = {s: by_corpus[name][release_arm(s)] for s in job.strategies}
+    candidates = tuple(_candidate(s, score, layers, job) for s, score in scores.items())
+    if len(job.strategies) == 1:
+        only = job.strategies[0]
+        why = "asked for" if job.recipe.strategy == only else "there is no original to substitute"
+        return StrategyResult(chosen=only, why=why, candidates=candidates)
+    first, second = job.strategies
+    difference = paired_estimate(
+        torch.tensor(scores[first].window_kl), torch.tensor(scores[second].window_kl)
+    )
+    chosen, why = _decide(scores, difference, name)
+    return StrategyResult(chosen=chosen, why=why, candidates=candidates)
+
+
+def _decide(
+    scores: Mapping[str, ArmScore], difference: Estimate, corpus: str
+) -> tuple[str, str]:
+    first, second = scores
+    error = difference.stderr or 0.0
+    said = f"KL from trained on {corpus} differs by {abs(difference.mean):.2g} ± {error:.1g}"
+    if abs(difference.mean) > 2 * error:
+        chosen, other = (first, second) if difference.mean < 0 else (second, first)
+        return chosen, f"{said} in its favour against {other}"
+    chosen = min(scores, key=lambda strategy: scores[strategy].perplexity)
+    return chosen, f"{said}, within two standard errors; its perplexity is lower"
+
+
+def _candidate(
+    strategy: str, score: ArmScore, layers: Sequence[LayerResult], job: Job
+) -> Candidate:
+    own = [_chosen_layer(layer, strategy, job.strategies) for layer in layers]
+    kept = pool_survival([linear.survival for layer in own for linear in layer.linears])
+    return Candidate(
+        strategy=strategy,
+        kl=Estimate(mean=score.kl.mean, stderr=score.kl.stderr) if score.kl else None,
+        perplexity=score.perplexity,
+        stderr=score.stderr,
+        survival=kept.survival if kept else None,
+    )
+
+
+def _named_arms(
+    by_corpus: Mapping[str, Mapping[str, ArmScore]], chosen: str
+) -> dict[str, dict[str, ArmScore]]:
+    """Arms by the names of the report: the chosen strategy's lose theirs, the other's keep it."""
+    names = {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+    walked = next(iter(by_corpus.values()))
+    order = sorted(walked, key=lambda arm: arm not in names and "@" in arm)
+    return {
+        names.get(arm, arm.replace("@", "_")): {c: scores[arm] for c, scores in by_corpus.items()}
+        for arm in order
+    }
+
+
+def _chosen_layer(layer: LayerResult, chosen: str, strategies: Sequence[str]) -> LayerResult:
+    """A layer's record with the linears of one strategy only."""
+    prefix = f"{chosen}:"
+    linears = layer.linears
+    if len(strategies) > 1:
+        linears = tuple(
+            replace(linear, name=linear.name.removeprefix(prefix))
+            for linear in linears
+            if linear.name.startswith(prefix)
+        )
+    names = {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+    return replace(
+        layer,
+        linears=linears,
+        survival=pool_survival([linear.survival for linear in linears]),
+        drift={names.get(arm, arm.replace("@", "_")): far for arm, far in layer.drift.items()},
+    )
+
+
+def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
+    tokenizer = load_tokenizer(
+        job.tokenizer_folder, trust_remote_code=job.recipe.trust_remote_code
+    )
+    return {
+        found.corpus.name: worst_windows(
+            found.stats[release_arm(chosen)],
+            found.stats[REFERENCE],
+            found.corpus.tokens,
+            tokenizer.decode,
+        )
+        for found in scored
+    }
+
+
+def _overlaps(job: Job) -> Iterator[str]:
+    for corpus in job.evaluation:
+        if overlap(job.calibration, corpus):
+            yield (
+                f"calibration and evaluation text {corpus.name} overlap: "
+                "the release has been fitted to text that it is scored on"
+            )
+
+
+def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:
+    for layer in layers:
+        for linear in layer.linears:
+            if linear.fallback:
+                yield f"{layer.name}.{linear.name}: {linear.fallback}"
+
+
+def _corpus_record(corpus: Corpus, seed: int | None) -> CorpusRecord:
+    windows, length = corpus.tokens.shape
+    return CorpusRecord(
+        name=corpus.name,
+        source=corpus.source,
+        role=corpus.role,
+        windows=windows,
+        sequence_length=length,
+        tokens=windows * length,
+        documents=corpus.documents,
+        sha256=corpus.sha256,
+        text_sha256=corpus.text_sha256,
+        seed=seed,
+    )
+
+
+def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load(recipe.to_yaml()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def peak_rss() -> int:
+    """Most memory this process has had resident, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
+    """Everything beside the shards, and then the rename that makes it a release."""
+    job, folder = walk.job, walk.workspace.release(chosen)
+    records = walk.records[chosen]
+    files = {record.file: record.sha256 for record in records}
+    files["model.safetensors.index.json"] = write_index(folder, records)
+    files |= write_config(job, folder)
+    files |= write_side_files(job, folder)
+    settings = quantization_settings(job)
+    release = InputRecord(
+        path=str(job.recipe.out),
+        format=job.recipe.format,
+        bytes=sum(record.nbytes for record in records),
+        files=dict(sorted(files.items())),
+        license=result.inputs["base"].license,
+        details={
+            "bits": job.settings.spec.bits,
+            "group_size": job.settings.spec.group_size,
+            "symmetric": job.settings.spec.symmetric,
+            "act_order": job.settings.order,
+            "format": job.recipe.format,
+            "quant_method": settings["quant_method"],
+            "tokenizer": str(job.tokenizer_folder),
+        },
+    )
+    finished = replace(result, release=release)
+    write_papers(job, folder, finished)
+    walk.workspace.publish(chosen)
+    return finished

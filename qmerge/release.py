@@ -1,0 +1,125 @@
+"""What a release holds beside its weights: configuration, side files, card, report, recipe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmerge import __version__
+from qmerge.errors import CheckpointError
+from qmerge.formats.writing import quantization_config
+from qmerge.names import WEIGHT, join, module_of
+from qmerge.plan import Job
+from qmerge.report import render_card, render_json
+from qmerge.results import InputRecord, RunResult
+from qmerge.storage.checkpoint import _side_files as folder_side_files
+from qmerge.storage.shards import copy_file, sha256_file, write_json, write_text
+
+REPORT = "qmerge_report.json"
+RECIPE = "qmerge_recipe.yaml"
+CARD = "README.md"
+OWN_FILES = frozenset(
+    (
+        "config.json",
+        "quantize_config.json",
+        "quantization_config.json",
+        "quant_log.csv",
+        CARD,
+        REPORT,
+        RECIPE,
+        "report.html",
+    )
+)
+"""Files of a base that speak of its own quantization, and those that a release writes itself."""
+
+TOKENIZER_NAMES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece")
+TEMPLATE_NAMES = ("chat_template", "additional_chat_templates")
+
+
+def write_side_files(job: Job, folder: Path) -> dict[str, str]:
+    """Tokenizer, processor, templates, licence and code, byte for byte; sha256 by name.
+
+    The tokenizer's own files come from the adapter's folder where training saved them there.
+    """
+    base, digests = job.recipe.base, {}
+    sources = {path.relative_to(base): path for path in job.base.checkpoint.side_files()}
+    home = job.tokenizer_folder
+    if home != base:
+        sources = {name: path for name, path in sources.items() if not _of_tokenizer(name)}
+        saved = {path.relative_to(home): path for path in folder_side_files(home)}
+        sources |= {name: path for name, path in saved.items() if _of_tokenizer(name)}
+    for name, path in sorted(sources.items()):
+        if str(name) not in OWN_FILES:
+            (folder / name).parent.mkdir(exist_ok=True)
+            digests[str(name)] = copy_file(path, folder / name)
+    return digests
+
+
+def _of_tokenizer(name: Path) -> bool:
+    return name.parts[0].startswith((*TOKENIZER_NAMES, *TEMPLATE_NAMES))
+
+
+def write_config(job: Job, folder: Path) -> dict[str, str]:
+    """`config.json` with the new quantization, and `quantize_config.json`; sha256 by name."""
+    config = copy.deepcopy(dict(job.base.checkpoint.config))
+    settings = quantization_settings(job)
+    config["quantization_config"] = settings
+    digests = {"config.json": write_json(folder / "config.json", config)}
+    if settings["quant_method"] == "gptq":
+        name = "quantize_config.json"
+        digests[name] = write_json(folder / name, settings)
+    return digests
+
+
+def quantization_settings(job: Job) -> dict[str, Any]:
+    """The `quantization_config` of the release: the keys that transformers and servers read."""
+    stored = job.base.names.stored
+    linears = job.skeleton.linears()
+    spec = job.settings.spec
+    return quantization_config(
+        job.recipe.format,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+        order=job.settings.order,
+        damping=job.settings.damping,
+        writer=f"qmerge:{__version__}",
+        quantized=[module_of(stored[name + WEIGHT]) for name in linears if name in job.targets],
+        kept=[module_of(stored[name + WEIGHT]) for name in linears if name not in job.targets],
+    )
+
+
+def write_papers(job: Job, folder: Path, result: RunResult) -> None:
+    """Card, recipe and report, the report last: it is what says that the rest is whole."""
+    write_text(folder / CARD, render_card(result, name=job.recipe.out.name))
+    write_text(folder / RECIPE, job.recipe.to_yaml())
+    write_text(folder / REPORT, render_json(result))
+
+
+def folder_record(path: Path, **facts: Any) -> InputRecord:
+    """A folder with the digest of each of its files."""
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
+    return InputRecord(
+        path=str(path),
+        bytes=sum(entry.stat().st_size for entry in files),
+        files={entry.name: sha256_file(entry) for entry in files},
+        **facts,
+    )
+
+
+def license_of(folder: Path) -> str | None:
+    """What the front matter of a model card calls the licence."""
+    import yaml
+
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, Mapping) else None
+    return found if isinstance(found, str) else None

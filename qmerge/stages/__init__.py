@@ -1,0 +1,1 @@
+"""The work: one verb each, on one unit of the walk."""

@@ -1,0 +1,123 @@
+"""Arms on the evaluation text: one layer onward, and at the end what each makes of each token.
+
+W: windows, S: tokens of a window, H: hidden width, R: rows (tokens scored together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qmerge.corpus import Corpus
+from qmerge.measure.tokens import TokenAccumulator, TokenStats, join
+from qmerge.model.frame import ROWS_AT_ONCE, Frame
+from qmerge.model.layer import Call, Hidden, run
+from qmerge.model.streams import Streams, batches
+
+LOGIT_BYTES = 1 << 27
+"""Logits of one arm on one slice of the vocabulary that are held at one time."""
+
+
+def key_of(arm: str, corpus: str) -> str:
+    """The stream of one arm on one corpus."""
+    return f"{arm}.{corpus}"
+
+
+def advance(
+    layer: nn.Module, streams: Streams, key: str, call: Call, at_once: int, reference: str | None
+) -> tuple[float, float]:
+    """Run a stream through one layer, a few windows at a time.
+
+    Returns the squared distance of the new hidden states from those of the stream `reference`,
+    which has been advanced before, and the squared norm of the latter.
+    """
+    distance = norm = 0.0
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    for start, stop in batches(streams.stream(key).windows, at_once):
+        hidden = run(layer, streams.read(key, start, stop).to(device), call).cpu()
+        streams.append(key, hidden)
+        if reference is not None:
+            expected = streams.fresh(reference, start, stop)
+            distance += float((hidden - expected).square().sum(dtype=torch.float64))
+            norm += float(expected.square().sum(dtype=torch.float64))
+    return distance, norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What is kept of one corpus: per-token statistics [W, T] of every arm."""
+
+    corpus: Corpus
+    stats: Mapping[str, TokenStats]
+
+
+def score(
+    frames: Mapping[str, Frame],
+    streams: Streams,
+    corpora: Sequence[Corpus],
+    reference: str | None,
+    tick: Callable[[str], None],
+) -> tuple[Scored, ...]:
+    """Final norm and head of every arm on the same tokens, side by side.
+
+    Memory is a block of rows times a slice of the vocabulary for each arm, whatever the size of
+    either.
+    """
+    found = []
+    for corpus in corpora:
+        length = corpus.tokens.shape[1]
+        parts: dict[str, list[TokenStats]] = {arm: [] for arm in frames}
+        at_once = _windows_at_once(frames, length)
+        for start, stop in batches(corpus.tokens.shape[0], at_once):
+            tick(f"{corpus.name}: window {start + 1}")
+            rows = {
+                arm: frame.leave(streams.read(key_of(arm, corpus.name), start, stop))[:, :-1]
+                for arm, frame in frames.items()
+            }
+            targets = corpus.tokens[start:stop, 1:].reshape(-1)
+            for arm, stats in _score_rows(frames, rows, targets, reference).items():
+                parts[arm].append(stats)
+        stats = {arm: join(own, length - 1) for arm, own in parts.items()}
+        found.append(Scored(corpus=corpus, stats=stats))
+    return tuple(found)
+
+
+def _windows_at_once(frames: Mapping[str, Frame], length: int) -> int:
+    widest = min(ROWS_AT_ONCE, max(frame.vocabulary for frame in frames.values()))
+    return max(1, LOGIT_BYTES // (4 * widest * length))
+
+
+def _score_rows(
+    frames: Mapping[str, Frame],
+    hidden: Mapping[str, Hidden],
+    targets_R: torch.Tensor,
+    reference: str | None,
+) -> dict[str, TokenStats]:
+    accumulator = TokenAccumulator(tuple(frames), reference, targets_R)
+    for first, slices in _head_slices(frames):
+        logits = {
+            arm: frames[arm].logits(hidden[arm].flatten(0, 1), first, weight)
+            for arm, weight in slices.items()
+        }
+        accumulator.add(first, logits)
+    return accumulator.finish()
+
+
+def _head_slices(
+    frames: Mapping[str, Frame],
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Slices of every arm's head at the same place; arms that share a frame share the slice."""
+    vocabulary = max(frame.vocabulary for frame in frames.values())
+    for first in range(0, vocabulary, ROWS_AT_ONCE):
+        decoded: dict[int, torch.Tensor] = {}
+        slices: dict[str, torch.Tensor] = {}
+        for arm, frame in frames.items():
+            if first >= frame.vocabulary:
+                continue
+            if id(frame) not in decoded:
+                decoded[id(frame)] = frame.head_rows(first, first + ROWS_AT_ONCE)
+            slices[arm] = decoded[id(frame)]
+        yield first, slices

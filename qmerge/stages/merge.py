@@ -1,0 +1,45 @@
+"""Put the adapter on one unit of the base: live for the `trained` arm, merged for the release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from qmerge.adapters import Injection
+from qmerge.names import Unit, module_of, under
+
+
+def live_layer(
+    injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """The decoder layer as training saw it: `weights` (names relative to the unit) with the
+    adapter running on top."""
+    layer = injection.live(unit.path)
+    injection.fill(layer, weights)
+    layer.requires_grad_(False)
+    return layer.eval()
+
+
+def merge_layer(injection: Injection, live: nn.Module) -> dict[str, torch.Tensor]:
+    """PEFT's own merge of a live layer, which is consumed: float32, relative names."""
+    return injection.merge(live)
+
+
+def merge_outer(
+    injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Merge what the adapter does outside the layers (embeddings, norms, head).
+
+    Only the tensors that change are returned, by full parameter name.
+    """
+    changed: dict[str, torch.Tensor] = {}
+    touched = [name for name in unit.parameters if name in injection.touched]
+    for path in dict.fromkeys(module_of(name) for name in touched):
+        live = injection.live(path)
+        own = {r: t for name, t in weights.items() if (r := under(name, path)) is not None}
+        injection.fill(live, own)
+        merged = injection.merge(live)
+        changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
+    return changed

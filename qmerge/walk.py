@@ -1,0 +1,391 @@
+"""The walk: every arm and every release through the units of the model, once.
+
+An arm is a model that is scored; a strategy makes a `merged` and a `release` arm. The units before
+and after the layers are read where they are needed; each layer is opened, run, merged, quantized,
+written and let go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from qmerge.formats.writing import pack
+from qmerge.measure.survival import pool_survival
+from qmerge.model.frame import Frame
+from qmerge.model.layer import Call, fill
+from qmerge.model.skeleton import text_config
+from qmerge.model.streams import Stream, Streams, batches
+from qmerge.model.weights import Weights
+from qmerge.names import WEIGHT, Unit, join, module_of
+from qmerge.plan import Job, arm_names
+from qmerge.progress import Progress
+from qmerge.results import LayerResult, decode, encode
+from qmerge.stages.evaluate import Scored, advance, key_of, score
+from qmerge.stages.merge import live_layer, merge_layer, merge_outer
+from qmerge.stages.requantize import Calibration, Requantizer, Weight
+from qmerge.storage.shards import ShardRecord, write_shard
+from qmerge.workspace import Workspace
+
+REFERENCE = "trained"
+Tensors = Mapping[str, torch.Tensor]
+
+
+def merged_arm(strategy: str) -> str:
+    return f"merged@{strategy}"
+
+
+def release_arm(strategy: str) -> str:
+    return f"release@{strategy}"
+
+
+def calibration_key(strategy: str) -> str:
+    """The stream of calibration text through the release in the making."""
+    return f"calibration@{strategy}"
+
+
+class Walk:
+    """One pass over the units of a job, continued from what the workspace has."""
+
+    def __init__(self, job: Job, workspace: Workspace, progress: Progress) -> None:
+        self.job = job
+        self.workspace = workspace
+        self.progress = progress
+        self.layers: list[LayerResult] = []
+        self.records: dict[str, list[ShardRecord]] = {name: [] for name in job.strategies}
+        self.timings: dict[str, float] = defaultdict(float)
+        self.units = job.skeleton.units()
+        self.outer = _outer_weights(job, self.units)
+        self.frames = _frames(job, self.outer)
+        self.streams = Streams(workspace.streams, _streams(job))
+        self.calls = _on_device(self._base_frame().calls(self._length()), job.device)
+
+    def resume(self) -> set[str]:
+        """Take over what was finished before; the labels of those units."""
+        finished = self.workspace.finished()
+        for unit in self.units:
+            if unit.label not in finished:
+                break
+            self._take_over(finished[unit.label])
+        if finished:
+            last = list(finished.values())[-1]
+            self.streams.generation = int(last["generation"])
+            self.streams.check(last["streams"])
+        return set(finished)
+
+    def embedding(self, unit: Unit) -> None:
+        """First hidden states of every arm, and the first shard."""
+        with self._timed("embedding"):
+            for arm in arm_names(self.job):
+                for corpus in self.job.evaluation:
+                    self._enter(self.frames[arm], key_of(arm, corpus.name), corpus.tokens)
+            for strategy in self.job.strategies:
+                key = calibration_key(strategy)
+                self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
+        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, None)
+
+    def layer(self, unit: Unit) -> None:
+        """One decoder layer of every arm, the releases' shard of it, and what it came to."""
+        began = time.monotonic()
+        result = _LayerNotes()
+        with self._timed("dequantize"):
+            base = self._placed(self.job.base.unit(unit))
+        origins = {"dequantize": base}
+        if self.job.original is not None:
+            with self._timed("substitute"):
+                origins["substitute"] = self._placed(self.job.original.unit(unit))
+        merged = self._merged(unit, origins, result)
+        self._advance_dense(unit, "quantized_base", base, result)
+        if self.job.original is not None:
+            self._advance_dense(unit, "original", origins["substitute"], result)
+        shards = {}
+        for strategy in self.job.strategies:
+            self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
+            shards[strategy] = self._requantize(
+                unit, strategy, merged[strategy], origins[strategy], result
+            )
+        self._commit(unit, shards, result.layer(unit, shards, time.monotonic() - began))
+
+    def head(self, unit: Unit) -> None:
+        """The last shard: what stands outside the layers and is not an embedding."""
+        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, None)
+
+    def scores(self) -> tuple[Scored, ...]:
+        """Every arm through final norm and head, on the same tokens."""
+        with self._timed("score"):
+            return score(
+                self.frames, self.streams, self.job.evaluation, REFERENCE, self.progress.doing
+            )
+
+    # One layer
+
+    def _merged(
+        self, unit: Unit, origins: Mapping[str, Tensors], result: _LayerNotes
+    ) -> dict[str, Tensors]:
+        """The `trained` arm one layer onward, and the merged weights of each strategy."""
+        merged: dict[str, Tensors] = {}
+        with self._timed("merge"):
+            live = live_layer(self.job.injection, unit, origins["dequantize"]).to(self.job.device)
+        self._advance(unit, REFERENCE, live, result)
+        for strategy in self.job.strategies:
+            with self._timed("merge"):
+                if strategy != "dequantize":
+                    live = live_layer(self.job.injection, unit, origins[strategy])
+                merged[strategy] = merge_layer(self.job.injection, live.to(self.job.device))
+        return merged
+
+    def _advance_dense(
+        self, unit: Unit, arm: str, weights: Tensors, result: _LayerNotes
+    ) -> None:
+        layer = self.job.skeleton.layer(unit.index)
+        fill(layer, weights)
+        self._advance(unit, arm, layer.to(self.job.device), result)
+
+    def _advance(self, unit: Unit, arm: str, layer: nn.Module, result: _LayerNotes) -> None:
+        self.progress.doing(arm.replace("@", " by "))
+        with self._timed("evaluate"):
+            for corpus in self.job.evaluation:
+                distance, norm = advance(
+                    layer,
+                    self.streams,
+                    key_of(arm, corpus.name),
+                    self.calls[unit.index],
+                    self.job.evaluation_at_once,
+                    key_of(REFERENCE, corpus.name) if arm != REFERENCE else None,
+                )
+                result.drift[arm][0] += distance
+                result.drift[arm][1] += norm
+
+    def _requantize(
+        self, unit: Unit, strategy: str, merged: Tensors, origin: Tensors, result: _LayerNotes
+    ) -> dict[str, torch.Tensor]:
+        """Quantize one layer under the calibration set; what is written of it, by stored name."""
+        self.progress.doing(f"quantizing ({strategy})")
+        written = self._as_written(unit, strategy, merged)
+        layer = self.job.skeleton.layer(unit.index)
+        fill(layer, {**merged, **{name: t.float().to(self.job.device) for name, t in written.items()}})
+        work = Requantizer(
+            layer.to(self.job.device), self._weights(unit, merged, origin), self.job.settings
+        )
+        key = calibration_key(strategy)
+        calibration = Calibration(
+            read=lambda start, stop: self.streams.read(key, start, stop).to(self.job.device),
+            windows=self.job.calibration.tokens.shape[0],
+            at_once=self.job.calibration_at_once,
+        )
+        with self._timed("requantize"):
+            for hidden in work.run(calibration, self.calls[unit.index]):
+                self.streams.append(key, hidden)
+        self._advance(unit, release_arm(strategy), layer, result)
+        result.linears[strategy] = [work.results[name] for name in self.job.targets_of(unit)]
+        stored = self.job.base.names.stored
+        tensors = {stored[join(unit.path, name)]: tensor for name, tensor in written.items()}
+        for name, weight in work.packed.items():
+            module = module_of(stored[join(unit.path, name) + WEIGHT])
+            packed = pack(weight, self.job.recipe.format)
+            tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
+        return tensors
+
+    def _weights(self, unit: Unit, merged: Tensors, origin: Tensors) -> dict[str, Weight]:
+        return {
+            name: Weight(
+                merged_OI=merged[name + WEIGHT],
+                origin_OI=origin[name + WEIGHT],
+                base=self.job.base.integer(join(unit.path, name) + WEIGHT),
+            )
+            for name in self.job.targets_of(unit)
+        }
+
+    def _as_written(self, unit: Unit, strategy: str, merged: Tensors) -> dict[str, torch.Tensor]:
+        """The layer's tensors that stay dense, in the dtype and, untouched, the bytes on disk."""
+        packed = {name + WEIGHT for name in self.job.targets_of(unit)}
+        return {
+            name: self._dense(join(unit.path, name), strategy, merged[name])
+            for name in merged
+            if name not in packed
+        }
+
+    def _dense(self, parameter: str, strategy: str, value: torch.Tensor) -> torch.Tensor:
+        source = self.job.base if strategy == "dequantize" else self.job.original
+        assert source is not None
+        if parameter not in self.job.injection.touched:
+            stored = source.as_stored(parameter)
+            if stored is not None:
+                return stored
+        return value.to("cpu", self.job.base.dense_dtype(parameter))
+
+    # What stands outside the layers
+
+    def _enter(self, frame: Frame, key: str, tokens: torch.Tensor) -> None:
+        self.progress.doing(key.replace("@", " by "))
+        for start, stop in batches(tokens.shape[0], self.job.evaluation_at_once):
+            self.streams.append(key, frame.enter(tokens[start:stop])[0])
+
+    def _outer_tensors(self, unit: Unit, strategy: str) -> dict[str, torch.Tensor]:
+        """Tensors of a unit outside the layers as they are written, by stored name."""
+        weights = self.outer[release_arm(strategy)]
+        tensors = {}
+        for parameter in unit.parameters:
+            changed = weights.changed.get(parameter)
+            stored = weights.as_stored(parameter) if changed is None else None
+            if stored is None:
+                value = changed if changed is not None else weights.tensor(parameter)
+                stored = value.to(self.job.base.dense_dtype(parameter))
+            tensors[self.job.base.names.stored[parameter]] = stored
+        return tensors
+
+    def _base_frame(self) -> Frame:
+        return self.frames["quantized_base"]
+
+    def _length(self) -> int:
+        return int(self.job.calibration.tokens.shape[1])
+
+    def _placed(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.job.device) for name, tensor in tensors.items()}
+
+    # Commit and resume
+
+    def _commit(
+        self, unit: Unit, shards: Mapping[str, Tensors], layer: LayerResult | None
+    ) -> None:
+        """Shards, then hidden states, then the journal: the order that makes a kill harmless."""
+        with self._timed("write"):
+            records = {
+                strategy: write_shard(
+                    self.workspace.release(strategy) / self._shard_name(unit), tensors
+                )
+                for strategy, tensors in shards.items()
+            }
+            moved = unit.kind != "head"
+            digests = self.streams.commit() if moved else {}
+            event = {
+                "generation": self.streams.generation ^ int(moved),
+                "streams": digests,
+                "shards": encode(records),
+                "layer": encode(layer),
+            }
+            self.workspace.finish(unit.label, event)
+            if moved:
+                self.streams.turn()
+        self._keep(records, layer)
+
+    def _take_over(self, event: Mapping[str, Any]) -> None:
+        records = {}
+        for strategy, data in event["shards"].items():
+            pairs = tuple((name, nbytes) for name, nbytes in data["tensors"])
+            records[strategy] = ShardRecord(**{**data, "tensors": pairs})
+            self.workspace.check(strategy, records[strategy])
+        layer = event["layer"]
+        self._keep(records, decode(LayerResult, layer, where="journal") if layer else None)
+
+    def _keep(self, records: Mapping[str, ShardRecord], layer: LayerResult | None) -> None:
+        for strategy, record in records.items():
+            self.records[strategy].append(record)
+        if layer is not None:
+            self.layers.append(layer)
+
+    def _shard_name(self, unit: Unit) -> str:
+        return f"model-{self.units.index(unit) + 1:05}-of-{len(self.units):05}.safetensors"
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[what] += time.monotonic() - began
+
+
+class _LayerNotes:
+    """What is gathered while a layer is worked on."""
+
+    def __init__(self) -> None:
+        self.drift: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self.linears: dict[str, list[Any]] = {}
+
+    def layer(self, unit: Unit, shards: Mapping[str, Tensors], seconds: float) -> LayerResult:
+        """One record for all strategies; names of a second strategy's linears carry its name."""
+        linears = [
+            replace(linear, name=linear.name if len(self.linears) == 1 else f"{strategy}:{linear.name}")
+            for strategy, own in self.linears.items()
+            for linear in own
+        ]
+        return LayerResult(
+            name=unit.path,
+            seconds=seconds,
+            bytes=sum(t.nbytes for tensors in shards.values() for t in tensors.values()),
+            linears=tuple(linears),
+            survival=pool_survival([linear.survival for linear in linears]),
+            drift={
+                arm: (distance / norm) ** 0.5
+                for arm, (distance, norm) in self.drift.items()
+                if norm > 0 and arm != REFERENCE
+            },
+        )
+
+
+def _streams(job: Job) -> dict[str, Stream]:
+    width = int(text_config(job.skeleton.model.config).hidden_size)
+    found = {}
+    for arm in arm_names(job):
+        for corpus in job.evaluation:
+            windows, length = corpus.tokens.shape
+            key = key_of(arm, corpus.name)
+            found[key] = Stream(key=key, windows=windows, length=length, width=width)
+    for strategy in job.strategies:
+        windows, length = job.calibration.tokens.shape
+        key = calibration_key(strategy)
+        found[key] = Stream(key=key, windows=windows, length=length, width=width)
+    return found
+
+
+def _outer_weights(job: Job, units: tuple[Unit, ...]) -> dict[str, Weights]:
+    """Each arm's parameters outside the layers; those the adapter changes are merged here."""
+    found = {"quantized_base": job.base}
+    if job.original is not None:
+        found["original"] = job.original
+    for strategy in dict.fromkeys(("dequantize", *job.strategies)):
+        source = job.base if strategy == "dequantize" else job.original
+        assert source is not None
+        changed: dict[str, torch.Tensor] = {}
+        for unit in units:
+            touched = any(name in job.injection.touched for name in unit.parameters)
+            if unit.kind != "layer" and touched:
+                changed |= merge_outer(job.injection, unit, source.unit(unit))
+        rounded = {
+            name: tensor.to(job.base.dense_dtype(name)).float() for name, tensor in changed.items()
+        }
+        merged = replace(source, changed=changed) if changed else source
+        if strategy == "dequantize":
+            found[REFERENCE] = merged
+        found[merged_arm(strategy)] = merged
+        found[release_arm(strategy)] = replace(source, changed=rounded) if changed else source
+    return found
+
+
+def _frames(job: Job, outer: Mapping[str, Weights]) -> dict[str, Frame]:
+    """One frame for all arms with the same weights outside the layers."""
+    made: dict[int, Frame] = {}
+    frames = {}
+    for arm in arm_names(job):
+        weights = outer[arm]
+        if id(weights) not in made:
+            made[id(weights)] = Frame(job.skeleton, weights)
+        frames[arm] = made[id(weights)]
+    return frames
+
+
+def _on_device(calls: tuple[Call, ...], device: torch.device) -> tuple[Call, ...]:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    moved = (tree_map(move, (call.args, dict(call.kwargs))) for call in calls)
+    return tuple(Call(args=args, kwargs=kwargs) for args, kwargs in moved)
