@@ -10,11 +10,13 @@ class QmergeError(Exception):
     """Base of all errors that qmerge raises on purpose; `exit_code` is the command's."""
 
     exit_code = 3
+    usual_hint: str | None = None
+    """What helps against most errors of this class; `hint` where the place knows no better."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class InputError(QmergeError):
@@ -30,9 +32,13 @@ class RecipeError(InputError):
 class CheckpointError(InputError):
     """A model folder is damaged, incomplete or in a form that cannot be read."""
 
+    usual_hint = "copy the folder again from where it came, whole"
+
 
 class AdapterError(InputError):
     """An adapter folder is damaged, of an unknown kind or made for another model."""
+
+    usual_hint = "give the folder that PEFT saved, with the base it was trained on"
 
 
 class CorpusError(InputError):

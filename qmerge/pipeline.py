@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qmerge import __version__
-from qmerge.corpus import Corpus, overlap
+from qmerge.corpus import overlap
 from qmerge.errors import StorageError
 from qmerge.measure import paired_estimate, pool_survival, score_arms, worst_windows
 from qmerge.options import options
 from qmerge.plan import Job, disk_bytes, load_tokenizer, make_plan
 from qmerge.progress import Progress, Silent
+from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
 from qmerge.recipe import Recipe
 from qmerge.release import (
-    folder_record,
-    license_of,
     quantization_settings,
     write_config,
     write_papers,
@@ -35,7 +28,6 @@ from qmerge.results import (
     ArmScore,
     Candidate,
     Corpora,
-    CorpusRecord,
     Estimate,
     InputRecord,
     LayerResult,
@@ -46,9 +38,8 @@ from qmerge.results import (
 from qmerge.stages.evaluate import Scored
 from qmerge.storage.shards import write_index
 from qmerge.walk import REFERENCE, Walk, merged_arm, release_arm
-from qmerge.workspace import Workspace, disk_free, partial
+from qmerge.workspace import Workspace, disk_free
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "bitsandbytes")
 RELEASE = "release"
 MERGED = "merged"
 
@@ -101,7 +92,7 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
     records = {}
     for role, folder in given.items():
         progress.step(f"{role} {folder}")
-        records[role] = folder_record(folder, license=license_of(folder))
+        records[role] = folder_record(folder)
     adapter = job.injection.adapter
     records["base"] = replace(records["base"], format=job.base.format.name, model=adapter.base_name)
     records["adapter"] = replace(
@@ -119,9 +110,7 @@ def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
     }
     texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
     files = {role: dict(record.files) for role, record in inputs.items()}
-    return encode(
-        {"qmerge": __version__, "recipe": asked, "inputs": files, "texts": texts}
-    )  # type: ignore[no-any-return]
+    return encode({"qmerge": __version__, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
 
 
 def _check_disk(job: Job, workspace: Workspace) -> None:
@@ -144,14 +133,14 @@ def _result(
     by_corpus = {found.corpus.name: score_arms(found.stats, REFERENCE) for found in scored}
     strategy = _choose(job, by_corpus, walk.layers)
     arms = _named_arms(by_corpus, strategy.chosen)
-    layers = tuple(_chosen_layer(layer, strategy.chosen, job.strategies) for layer in walk.layers)
+    layers = tuple(_named_drift(layer, strategy.chosen) for layer in walk.layers[strategy.chosen])
     return RunResult(
         qmerge_version=__version__,
-        recipe=_plain_recipe(job.recipe),
+        recipe=plain_recipe(job.recipe),
         strategy=strategy,
         corpora=Corpora(
-            calibration=_corpus_record(job.calibration, job.recipe.seed),
-            evaluation={corpus.name: _corpus_record(corpus, None) for corpus in job.evaluation},
+            calibration=corpus_record(job.calibration, job.recipe.seed),
+            evaluation={corpus.name: corpus_record(corpus) for corpus in job.evaluation},
         ),
         arms=arms,
         change={name: score.change for name, score in arms[RELEASE].items() if score.change},
@@ -167,12 +156,14 @@ def _result(
 
 
 def _choose(
-    job: Job, by_corpus: Mapping[str, Mapping[str, ArmScore]], layers: Sequence[LayerResult]
+    job: Job,
+    by_corpus: Mapping[str, Mapping[str, ArmScore]],
+    layers: Mapping[str, Sequence[LayerResult]],
 ) -> StrategyResult:
     """The one strategy there is, or of two the release nearer to `trained` on in-domain text."""
     name = next((c.name for c in job.evaluation if c.role == "in_domain"), job.evaluation[0].name)
     scores = {s: by_corpus[name][release_arm(s)] for s in job.strategies}
-    candidates = tuple(_candidate(s, score, layers, job) for s, score in scores.items())
+    candidates = tuple(_candidate(s, score, layers[s]) for s, score in scores.items())
     if len(job.strategies) == 1:
         only = job.strategies[0]
         why = "asked for" if job.recipe.strategy == only else "there is no original to substitute"
@@ -185,9 +176,7 @@ def _choose(
     return StrategyResult(chosen=chosen, why=why, candidates=candidates)
 
 
-def _decide(
-    scores: Mapping[str, ArmScore], difference: Estimate, corpus: str
-) -> tuple[str, str]:
+def _decide(scores: Mapping[str, ArmScore], difference: Estimate, corpus: str) -> tuple[str, str]:
     first, second = scores
     error = difference.stderr or 0.0
     said = f"KL from trained on {corpus} differs by {abs(difference.mean):.2g} ± {error:.1g}"
@@ -198,11 +187,8 @@ def _decide(
     return chosen, f"{said}, within two standard errors; its perplexity is lower"
 
 
-def _candidate(
-    strategy: str, score: ArmScore, layers: Sequence[LayerResult], job: Job
-) -> Candidate:
-    own = [_chosen_layer(layer, strategy, job.strategies) for layer in layers]
-    kept = pool_survival([linear.survival for layer in own for linear in layer.linears])
+def _candidate(strategy: str, score: ArmScore, layers: Sequence[LayerResult]) -> Candidate:
+    kept = pool_survival([linear.survival for layer in layers for linear in layer.linears])
     return Candidate(
         strategy=strategy,
         kl=Estimate(mean=score.kl.mean, stderr=score.kl.stderr) if score.kl else None,
@@ -216,7 +202,7 @@ def _named_arms(
     by_corpus: Mapping[str, Mapping[str, ArmScore]], chosen: str
 ) -> dict[str, dict[str, ArmScore]]:
     """Arms by the names of the report: the chosen strategy's lose theirs, the other's keep it."""
-    names = {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+    names = _arm_names(chosen)
     walked = next(iter(by_corpus.values()))
     order = sorted(walked, key=lambda arm: arm not in names and "@" in arm)
     return {
@@ -225,29 +211,21 @@ def _named_arms(
     }
 
 
-def _chosen_layer(layer: LayerResult, chosen: str, strategies: Sequence[str]) -> LayerResult:
-    """A layer's record with the linears of one strategy only."""
-    prefix = f"{chosen}:"
-    linears = layer.linears
-    if len(strategies) > 1:
-        linears = tuple(
-            replace(linear, name=linear.name.removeprefix(prefix))
-            for linear in linears
-            if linear.name.startswith(prefix)
-        )
-    names = {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+def _named_drift(layer: LayerResult, chosen: str) -> LayerResult:
+    names = _arm_names(chosen)
     return replace(
         layer,
-        linears=linears,
-        survival=pool_survival([linear.survival for linear in linears]),
         drift={names.get(arm, arm.replace("@", "_")): far for arm, far in layer.drift.items()},
     )
 
 
+def _arm_names(chosen: str) -> dict[str, str]:
+    """What the report calls the arms of the strategy that is published."""
+    return {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+
+
 def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(
-        job.tokenizer_folder, trust_remote_code=job.recipe.trust_remote_code
-    )
+    tokenizer = load_tokenizer(job.tokenizer_folder, trust_remote_code=job.recipe.trust_remote_code)
     return {
         found.corpus.name: worst_windows(
             found.stats[release_arm(chosen)],
@@ -272,43 +250,7 @@ def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:
     for layer in layers:
         for linear in layer.linears:
             if linear.fallback:
-                yield f"{layer.name}.{linear.name}: {linear.fallback}"
-
-
-def _corpus_record(corpus: Corpus, seed: int | None) -> CorpusRecord:
-    windows, length = corpus.tokens.shape
-    return CorpusRecord(
-        name=corpus.name,
-        source=corpus.source,
-        role=corpus.role,
-        windows=windows,
-        sequence_length=length,
-        tokens=windows * length,
-        documents=corpus.documents,
-        sha256=corpus.sha256,
-        text_sha256=corpus.text_sha256,
-        seed=seed,
-    )
-
-
-def _plain_recipe(recipe: Recipe) -> dict[str, Any]:
-    import yaml
-
-    return dict(yaml.safe_load(recipe.to_yaml()))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
-    return found
-
-
-def peak_rss() -> int:
-    """Most memory this process has had resident, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+                yield f"{linear.name}: {linear.fallback}"
 
 
 def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
@@ -322,7 +264,7 @@ def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
     settings = quantization_settings(job)
     release = InputRecord(
         path=str(job.recipe.out),
-        format=job.recipe.format,
+        format=job.settings.format,
         bytes=sum(record.nbytes for record in records),
         files=dict(sorted(files.items())),
         license=result.inputs["base"].license,
@@ -331,7 +273,7 @@ def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
             "group_size": job.settings.spec.group_size,
             "symmetric": job.settings.spec.symmetric,
             "act_order": job.settings.order,
-            "format": job.recipe.format,
+            "format": job.settings.format,
             "quant_method": settings["quant_method"],
             "tokenizer": str(job.tokenizer_folder),
         },

@@ -17,11 +17,11 @@ import torch
 
 from qmerge.adapters import Injection, inject, open_adapter
 from qmerge.corpus import Corpus, load_corpus
-from qmerge.errors import CorpusError, Fault, ModelError, PlanError, QmergeError
-from qmerge.formats.writing import packed_bytes
+from qmerge.errors import CorpusError, Fault, ModelError, PlanError, QmergeError, RecipeError
+from qmerge.formats.writing import OutputFormat, packed_bytes
 from qmerge.gptq import GridSpec
 from qmerge.model.frame import probe
-from qmerge.model.opening import listed, open_model, open_weights
+from qmerge.model.opening import open_model, open_weights
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
@@ -47,6 +47,7 @@ class Settings:
     spec: GridSpec
     order: ActOrder
     damping: float
+    format: OutputFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,9 @@ def _texts(
     evaluation = evaluation_texts(recipe, tokenizer, length, faults, recipe.seed)
     for option, given in (("--calibration", recipe.calibration), ("--eval", recipe.eval)):
         if not given:
-            notes.append(f"{option} is the offline recipe: text of the adapter's own kind is better")
+            notes.append(
+                f"{option} is the offline recipe: text of the adapter's own kind is better"
+            )
     return (calibration, evaluation) if calibration and evaluation else None
 
 
@@ -288,14 +291,21 @@ def _settings(recipe: Recipe, base: Weights) -> Settings:
     group = like.group_size if like and like.group_size in SERVED_GROUPS else DEFAULT_GROUP
     bits = like.bits if like and like.bits else DEFAULT_BITS
     symmetric = like.symmetric if like and like.symmetric is not None else True
+    symmetric = symmetric if recipe.symmetric is None else recipe.symmetric
+    if recipe.format == "gptq" and not symmetric:
+        raise RecipeError(
+            "--format gptq (v1) is for symmetric grids: readers disagree about its zero points",
+            hint="use --format gptq_v2 or compressed-tensors, or --sym",
+        )
     return Settings(
         spec=GridSpec(
             bits=recipe.bits or bits,
             group_size=recipe.group_size or group,
-            symmetric=symmetric if recipe.symmetric is None else recipe.symmetric,
+            symmetric=symmetric,
         ),
         order=recipe.act_order,
         damping=recipe.damping,
+        format=recipe.format or ("gptq" if symmetric else "gptq_v2"),
     )
 
 
@@ -359,6 +369,7 @@ def _effective(recipe: Recipe, settings: Settings, calibration: Corpus) -> Recip
         bits=settings.spec.bits,
         group_size=settings.spec.group_size,
         symmetric=settings.spec.symmetric,
+        format=settings.format,
         sequence_length=calibration.tokens.shape[1],
         calibration=recipe.calibration or OFFLINE_CALIBRATION,
         eval=recipe.eval or (f"{OFFLINE_EVALUATION.name}={OFFLINE_EVALUATION.spec}",),
@@ -371,7 +382,9 @@ def pick_device(asked: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(asked)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"--device {asked}: this machine has no such device", hint="use --device cpu")
+        raise ModelError(
+            f"--device {asked}: this machine has no such device", hint="use --device cpu"
+        )
     return device
 
 
@@ -395,7 +408,9 @@ def token_bytes(skeleton: Skeleton) -> int:
 
 def layer_bytes(skeleton: Skeleton) -> int:
     """Bytes of work on one layer's weights: decoded, merged and quantized copies, and Hessians."""
-    parameters = sum(p.numel() for p in skeleton.model.get_submodule(skeleton.layer_path(0)).parameters())
+    parameters = sum(
+        p.numel() for p in skeleton.model.get_submodule(skeleton.layer_path(0)).parameters()
+    )
     widest = max(module.in_features for module in skeleton.linears().values())
     return 4 * (4 * parameters + 4 * widest * widest)
 
@@ -404,7 +419,13 @@ def _summary(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Plan
     listing = tuple(f"{fault.where}: {fault.message}" for fault in faults)
     hints = tuple(fault.hint or "" for fault in faults)
     if job is None:
-        return PlanSummary(base=str(recipe.base), adapter=str(recipe.adapter), out=str(recipe.out), faults=listing, hints=hints)
+        return PlanSummary(
+            base=str(recipe.base),
+            adapter=str(recipe.adapter),
+            out=str(recipe.out),
+            faults=listing,
+            hints=hints,
+        )
     units = tuple(_planned(job, unit) for unit in job.skeleton.units())
     out_bytes = sum(unit.bytes_out for unit in units) * len(job.strategies)
     spec = job.settings.spec
@@ -416,8 +437,11 @@ def _summary(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Plan
         strategies=job.strategies,
         quantizer=f"{spec.bits} bits, group {spec.group_size}, "
         f"{'symmetric' if spec.symmetric else 'asymmetric'}, act-order {job.settings.order}, "
-        f"format {recipe.format}",
-        corpora=tuple(f"{c.name}: {c.tokens.shape[0]} x {c.tokens.shape[1]} tokens of {c.source}" for c in (job.calibration, *job.evaluation)),
+        f"format {job.settings.format}",
+        corpora=tuple(
+            f"{c.name}: {c.tokens.shape[0]} x {c.tokens.shape[1]} tokens of {c.source}"
+            for c in (job.calibration, *job.evaluation)
+        ),
         calibration_at_once=job.calibration_at_once,
         units=units,
         bytes_in=sum(unit.bytes_in for unit in units),

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qmerge import __version__
-from qmerge.errors import CheckpointError
 from qmerge.formats.writing import quantization_config
-from qmerge.names import WEIGHT, join, module_of
+from qmerge.names import WEIGHT, module_of
 from qmerge.plan import Job
+from qmerge.provenance import CARD
 from qmerge.report import render_card, render_json
-from qmerge.results import InputRecord, RunResult
+from qmerge.results import RunResult
 from qmerge.storage.checkpoint import _side_files as folder_side_files
-from qmerge.storage.shards import copy_file, sha256_file, write_json, write_text
+from qmerge.storage.shards import copy_file, write_json, write_text
 
 REPORT = "qmerge_report.json"
 RECIPE = "qmerge_recipe.yaml"
-CARD = "README.md"
 OWN_FILES = frozenset(
     (
         "config.json",
@@ -79,7 +77,7 @@ def quantization_settings(job: Job) -> dict[str, Any]:
     linears = job.skeleton.linears()
     spec = job.settings.spec
     return quantization_config(
-        job.recipe.format,
+        job.settings.format,
         bits=spec.bits,
         group_size=spec.group_size,
         symmetric=spec.symmetric,
@@ -96,30 +94,3 @@ def write_papers(job: Job, folder: Path, result: RunResult) -> None:
     write_text(folder / CARD, render_card(result, name=job.recipe.out.name))
     write_text(folder / RECIPE, job.recipe.to_yaml())
     write_text(folder / REPORT, render_json(result))
-
-
-def folder_record(path: Path, **facts: Any) -> InputRecord:
-    """A folder with the digest of each of its files."""
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
-    return InputRecord(
-        path=str(path),
-        bytes=sum(entry.stat().st_size for entry in files),
-        files={entry.name: sha256_file(entry) for entry in files},
-        **facts,
-    )
-
-
-def license_of(folder: Path) -> str | None:
-    """What the front matter of a model card calls the licence."""
-    import yaml
-
-    card = folder / CARD
-    if not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    try:
-        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except yaml.YAMLError:
-        return None
-    found = front.get("license") if isinstance(front, Mapping) else None
-    return found if isinstance(found, str) else None

@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from qmerge.formats.writing import pack
 from qmerge.measure.survival import pool_survival
 from qmerge.model.frame import Frame
-from qmerge.model.layer import Call, fill
+from qmerge.model.layer import fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.plan import Job, arm_names
 from qmerge.progress import Progress
-from qmerge.results import LayerResult, decode, encode
+from qmerge.results import LayerResult, LinearResult, decode, encode
 from qmerge.stages.evaluate import Scored, advance, key_of, score
-from qmerge.stages.merge import live_layer, merge_layer, merge_outer
+from qmerge.stages.merge import live_layer, merge_layer, outer_weights
 from qmerge.stages.requantize import Calibration, Requantizer, Weight
 from qmerge.storage.shards import ShardRecord, write_shard
 from qmerge.workspace import Workspace
@@ -59,14 +58,14 @@ class Walk:
         self.job = job
         self.workspace = workspace
         self.progress = progress
-        self.layers: list[LayerResult] = []
+        self.layers: dict[str, list[LayerResult]] = {name: [] for name in job.strategies}
         self.records: dict[str, list[ShardRecord]] = {name: [] for name in job.strategies}
         self.timings: dict[str, float] = defaultdict(float)
         self.units = job.skeleton.units()
         self.outer = _outer_weights(job, self.units)
         self.frames = _frames(job, self.outer)
         self.streams = Streams(workspace.streams, _streams(job))
-        self.calls = _on_device(self._base_frame().calls(self._length()), job.device)
+        self.calls = move(self._base_frame().calls(self._length()), job.device)
 
     def resume(self) -> set[str]:
         """Take over what was finished before; the labels of those units."""
@@ -90,7 +89,7 @@ class Walk:
             for strategy in self.job.strategies:
                 key = calibration_key(strategy)
                 self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
-        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, None)
+        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def layer(self, unit: Unit) -> None:
         """One decoder layer of every arm, the releases' shard of it, and what it came to."""
@@ -112,17 +111,19 @@ class Walk:
             shards[strategy] = self._requantize(
                 unit, strategy, merged[strategy], origins[strategy], result
             )
-        self._commit(unit, shards, result.layer(unit, shards, time.monotonic() - began))
+        seconds = time.monotonic() - began
+        layers = {s: result.layer(unit, s, shards[s], seconds) for s in self.job.strategies}
+        self._commit(unit, shards, layers)
 
     def head(self, unit: Unit) -> None:
         """The last shard: what stands outside the layers and is not an embedding."""
-        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, None)
+        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
         with self._timed("score"):
             return score(
-                self.frames, self.streams, self.job.evaluation, REFERENCE, self.progress.doing
+                self.frames, self._last, self.job.evaluation, REFERENCE, self.progress.doing
             )
 
     # One layer
@@ -142,9 +143,7 @@ class Walk:
                 merged[strategy] = merge_layer(self.job.injection, live.to(self.job.device))
         return merged
 
-    def _advance_dense(
-        self, unit: Unit, arm: str, weights: Tensors, result: _LayerNotes
-    ) -> None:
+    def _advance_dense(self, unit: Unit, arm: str, weights: Tensors, result: _LayerNotes) -> None:
         layer = self.job.skeleton.layer(unit.index)
         fill(layer, weights)
         self._advance(unit, arm, layer.to(self.job.device), result)
@@ -171,7 +170,10 @@ class Walk:
         self.progress.doing(f"quantizing ({strategy})")
         written = self._as_written(unit, strategy, merged)
         layer = self.job.skeleton.layer(unit.index)
-        fill(layer, {**merged, **{name: t.float().to(self.job.device) for name, t in written.items()}})
+        fill(
+            layer,
+            {**merged, **{name: t.float().to(self.job.device) for name, t in written.items()}},
+        )
         work = Requantizer(
             layer.to(self.job.device), self._weights(unit, merged, origin), self.job.settings
         )
@@ -185,12 +187,15 @@ class Walk:
             for hidden in work.run(calibration, self.calls[unit.index]):
                 self.streams.append(key, hidden)
         self._advance(unit, release_arm(strategy), layer, result)
-        result.linears[strategy] = [work.results[name] for name in self.job.targets_of(unit)]
+        result.linears[strategy] = [
+            replace(work.results[name], name=join(unit.path, name))
+            for name in self.job.targets_of(unit)
+        ]
         stored = self.job.base.names.stored
         tensors = {stored[join(unit.path, name)]: tensor for name, tensor in written.items()}
         for name, weight in work.packed.items():
             module = module_of(stored[join(unit.path, name) + WEIGHT])
-            packed = pack(weight, self.job.recipe.format)
+            packed = pack(weight, self.job.settings.format)
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
         return tensors
 
@@ -242,6 +247,9 @@ class Walk:
             tensors[self.job.base.names.stored[parameter]] = stored
         return tensors
 
+    def _last(self, arm: str, corpus: str, start: int, stop: int) -> torch.Tensor:
+        return self.streams.read(key_of(arm, corpus), start, stop)
+
     def _base_frame(self) -> Frame:
         return self.frames["quantized_base"]
 
@@ -254,7 +262,7 @@ class Walk:
     # Commit and resume
 
     def _commit(
-        self, unit: Unit, shards: Mapping[str, Tensors], layer: LayerResult | None
+        self, unit: Unit, shards: Mapping[str, Tensors], layers: Mapping[str, LayerResult]
     ) -> None:
         """Shards, then hidden states, then the journal: the order that makes a kill harmless."""
         with self._timed("write"):
@@ -270,12 +278,12 @@ class Walk:
                 "generation": self.streams.generation ^ int(moved),
                 "streams": digests,
                 "shards": encode(records),
-                "layer": encode(layer),
+                "layers": encode(layers),
             }
             self.workspace.finish(unit.label, event)
             if moved:
                 self.streams.turn()
-        self._keep(records, layer)
+        self._keep(records, layers)
 
     def _take_over(self, event: Mapping[str, Any]) -> None:
         records = {}
@@ -283,14 +291,17 @@ class Walk:
             pairs = tuple((name, nbytes) for name, nbytes in data["tensors"])
             records[strategy] = ShardRecord(**{**data, "tensors": pairs})
             self.workspace.check(strategy, records[strategy])
-        layer = event["layer"]
-        self._keep(records, decode(LayerResult, layer, where="journal") if layer else None)
+        layers = {
+            strategy: decode(LayerResult, data, where="journal")
+            for strategy, data in event["layers"].items()
+        }
+        self._keep(records, layers)
 
-    def _keep(self, records: Mapping[str, ShardRecord], layer: LayerResult | None) -> None:
+    def _keep(self, records: Mapping[str, ShardRecord], layers: Mapping[str, LayerResult]) -> None:
         for strategy, record in records.items():
             self.records[strategy].append(record)
-        if layer is not None:
-            self.layers.append(layer)
+        for strategy, layer in layers.items():
+            self.layers[strategy].append(layer)
 
     def _shard_name(self, unit: Unit) -> str:
         return f"model-{self.units.index(unit) + 1:05}-of-{len(self.units):05}.safetensors"
@@ -309,20 +320,16 @@ class _LayerNotes:
 
     def __init__(self) -> None:
         self.drift: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self.linears: dict[str, list[Any]] = {}
+        self.linears: dict[str, list[LinearResult]] = {}
 
-    def layer(self, unit: Unit, shards: Mapping[str, Tensors], seconds: float) -> LayerResult:
-        """One record for all strategies; names of a second strategy's linears carry its name."""
-        linears = [
-            replace(linear, name=linear.name if len(self.linears) == 1 else f"{strategy}:{linear.name}")
-            for strategy, own in self.linears.items()
-            for linear in own
-        ]
+    def layer(self, unit: Unit, strategy: str, tensors: Tensors, seconds: float) -> LayerResult:
+        """The record of one strategy; `drift` has the arms of all of them."""
+        linears = tuple(self.linears[strategy])
         return LayerResult(
             name=unit.path,
             seconds=seconds,
-            bytes=sum(t.nbytes for tensors in shards.values() for t in tensors.values()),
-            linears=tuple(linears),
+            bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            linears=linears,
             survival=pool_survival([linear.survival for linear in linears]),
             drift={
                 arm: (distance / norm) ** 0.5
@@ -338,12 +345,10 @@ def _streams(job: Job) -> dict[str, Stream]:
     for arm in arm_names(job):
         for corpus in job.evaluation:
             windows, length = corpus.tokens.shape
-            key = key_of(arm, corpus.name)
-            found[key] = Stream(key=key, windows=windows, length=length, width=width)
+            found[key_of(arm, corpus.name)] = Stream(windows=windows, length=length, width=width)
     for strategy in job.strategies:
         windows, length = job.calibration.tokens.shape
-        key = calibration_key(strategy)
-        found[key] = Stream(key=key, windows=windows, length=length, width=width)
+        found[calibration_key(strategy)] = Stream(windows=windows, length=length, width=width)
     return found
 
 
@@ -355,19 +360,15 @@ def _outer_weights(job: Job, units: tuple[Unit, ...]) -> dict[str, Weights]:
     for strategy in dict.fromkeys(("dequantize", *job.strategies)):
         source = job.base if strategy == "dequantize" else job.original
         assert source is not None
-        changed: dict[str, torch.Tensor] = {}
-        for unit in units:
-            touched = any(name in job.injection.touched for name in unit.parameters)
-            if unit.kind != "layer" and touched:
-                changed |= merge_outer(job.injection, unit, source.unit(unit))
-        rounded = {
-            name: tensor.to(job.base.dense_dtype(name)).float() for name, tensor in changed.items()
-        }
-        merged = replace(source, changed=changed) if changed else source
+        merged = outer_weights(job.injection, units, source)
         if strategy == "dequantize":
             found[REFERENCE] = merged
         found[merged_arm(strategy)] = merged
-        found[release_arm(strategy)] = replace(source, changed=rounded) if changed else source
+        rounded = {
+            name: tensor.to(job.base.dense_dtype(name)).float()
+            for name, tensor in merged.changed.items()
+        }
+        found[release_arm(strategy)] = replace(source, changed=rounded) if rounded else source
     return found
 
 
@@ -381,11 +382,3 @@ def _frames(job: Job, outer: Mapping[str, Weights]) -> dict[str, Frame]:
             made[id(weights)] = Frame(job.skeleton, weights)
         frames[arm] = made[id(weights)]
     return frames
-
-
-def _on_device(calls: tuple[Call, ...], device: torch.device) -> tuple[Call, ...]:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    moved = (tree_map(move, (call.args, dict(call.kwargs))) for call in calls)
-    return tuple(Call(args=args, kwargs=kwargs) for args, kwargs in moved)

@@ -85,7 +85,9 @@ class Workspace:
         """Make the release appear under its name, whole, and clear away the rest."""
         sync_folder(self.release(strategy))
         if self.out.exists():
-            raise StorageError(f"{self.out}: appeared during the run", hint="move it away and run again")
+            raise StorageError(
+                f"{self.out}: appeared during the run", hint="move it away and run again"
+            )
         try:
             self.release(strategy).rename(self.out)
         except OSError as error:
@@ -126,7 +128,8 @@ def partial(out: Path) -> Path:
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     flat_before, flat_now = _flat(before), _flat(now)
     differing = sorted(
-        key for key in flat_before.keys() | flat_now.keys()
+        key
+        for key in flat_before.keys() | flat_now.keys()
         if flat_before.get(key) != flat_now.get(key)
     )
     if differing:

@@ -39,7 +39,9 @@ class Frame:
     def __init__(self, skeleton: Skeleton, weights: OuterWeights) -> None:
         own = build_skeleton(skeleton.model.config)
         self._model: Any = own.model
-        self._layers = [self._model.get_submodule(own.layer_path(i)) for i in range(own.layer_count)]
+        self._layers = [
+            self._model.get_submodule(own.layer_path(i)) for i in range(own.layer_count)
+        ]
         self._weights = weights
         self._embedding = self._model.get_input_embeddings()
         self._head = self._model.get_output_embeddings()
@@ -213,9 +215,9 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
 
     The same class with few layers and a small vocabulary; raises `ModelError` when they differ.
     """
-    from transformers import AutoModelForCausalLM
-
     import copy
+
+    from transformers import AutoModelForCausalLM
 
     from qmerge.model.skeleton import text_config
 

@@ -5,13 +5,14 @@ S: tokens of a window, H: hidden width, W: windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
 
@@ -24,6 +25,19 @@ class Call:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
+    """Calls with their tensors on a device; what several layers share stays shared."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return seen.setdefault(id(value), value.to(device))
+
+    moved = (tree_map(place, (call.args, dict(call.kwargs))) for call in calls)
+    return tuple(Call(args=args, kwargs=kwargs) for args, kwargs in moved)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -70,7 +70,9 @@ class Skeleton:
         embedding = {id(p) for p in self.model.get_input_embeddings().parameters()}
         first: list[str] = []
         for name, tensor in self.parameters().items():
-            parameter = self.model.get_parameter(name) if _is_parameter(self.model, name) else tensor
+            parameter = (
+                self.model.get_parameter(name) if _is_parameter(self.model, name) else tensor
+            )
             if id(parameter) in embedding:
                 first.append(name)
             else:

@@ -23,9 +23,8 @@ BYTES_AT_ONCE = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One arm's hidden states on one corpus: what `Streams` holds under a key."""
+    """The shape of one arm's hidden states on one corpus."""
 
-    key: str
     windows: int
     length: int
     width: int

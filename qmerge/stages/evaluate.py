@@ -46,6 +46,10 @@ def advance(
     return distance, norm
 
 
+ReadWindows = Callable[[str, str, int, int], Hidden]
+"""Last hidden states of an arm on a corpus, windows [start, stop)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """What is kept of one corpus: per-token statistics [W, T] of every arm."""
@@ -56,7 +60,7 @@ class Scored:
 
 def score(
     frames: Mapping[str, Frame],
-    streams: Streams,
+    read: ReadWindows,
     corpora: Sequence[Corpus],
     reference: str | None,
     tick: Callable[[str], None],
@@ -74,7 +78,7 @@ def score(
         for start, stop in batches(corpus.tokens.shape[0], at_once):
             tick(f"{corpus.name}: window {start + 1}")
             rows = {
-                arm: frame.leave(streams.read(key_of(arm, corpus.name), start, stop))[:, :-1]
+                arm: frame.leave(read(arm, corpus.name, start, stop))[:, :-1]
                 for arm, frame in frames.items()
             }
             targets = corpus.tokens[start:stop, 1:].reshape(-1)

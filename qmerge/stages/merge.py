@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from qmerge.adapters import Injection
+from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
 
 
-def live_layer(
-    injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]
-) -> nn.Module:
+def live_layer(injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """The decoder layer as training saw it: `weights` (names relative to the unit) with the
     adapter running on top."""
     layer = injection.live(unit.path)
@@ -43,3 +43,13 @@ def merge_outer(
         merged = injection.merge(live)
         changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
     return changed
+
+
+def outer_weights(injection: Injection, units: Iterable[Unit], source: Weights) -> Weights:
+    """A checkpoint whose parameters outside the layers carry the adapter, in float32."""
+    changed: dict[str, torch.Tensor] = {}
+    for unit in units:
+        touched = any(name in injection.touched for name in unit.parameters)
+        if unit.kind != "layer" and touched:
+            changed |= merge_outer(injection, unit, source.unit(unit))
+    return replace(source, changed=changed) if changed else source

@@ -48,9 +48,7 @@ class Calibration:
 class Requantizer:
     """Quantizes the linears of one layer; `run` yields the calibration set's outputs."""
 
-    def __init__(
-        self, layer: nn.Module, weights: Mapping[str, Weight], settings: Settings
-    ) -> None:
+    def __init__(self, layer: nn.Module, weights: Mapping[str, Weight], settings: Settings) -> None:
         self.packed: dict[str, IntegerWeight] = {}
         self.results: dict[str, LinearResult] = {}
         self._layer = layer

@@ -1,0 +1,201 @@
+"""Checkpoints side by side: each streamed through its own layers, all scored on the same tokens."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge import __version__
+from qmerge.adapters import Injection, inject, open_adapter
+from qmerge.corpus import Corpus
+from qmerge.errors import Fault, PlanError
+from qmerge.measure import score_arms
+from qmerge.model.frame import Frame, probe
+from qmerge.model.layer import fill, move
+from qmerge.model.opening import open_model
+from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.model.streams import Stream, Streams, batches
+from qmerge.model.weights import Weights
+from qmerge.names import Unit
+from qmerge.plan import (
+    EVALUATION_TOKENS,
+    Faults,
+    evaluation_texts,
+    load_tokenizer,
+    pick_device,
+    tokenizer_home,
+    window_length,
+)
+from qmerge.progress import Progress, Silent
+from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
+from qmerge.recipe import Contestant, EvaluateRecipe
+from qmerge.results import Corpora, InputRecord, RunResult
+from qmerge.stages.evaluate import advance, score
+from qmerge.stages.merge import live_layer, outer_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One checkpoint, opened, with an adapter live on top where one was named."""
+
+    asked: Contestant
+    skeleton: Skeleton
+    weights: Weights
+    injection: Injection | None
+
+    @property
+    def name(self) -> str:
+        return self.asked.name
+
+    def layer(self, unit: Unit) -> nn.Module:
+        """One decoder layer with its weights."""
+        weights = self.weights.unit(unit)
+        if self.injection is not None:
+            return live_layer(self.injection, unit, weights)
+        layer = self.skeleton.layer(unit.index)
+        fill(layer, weights)
+        return layer
+
+    def outer(self) -> Weights:
+        """What stands outside the layers, with what the adapter does there."""
+        if self.injection is None:
+            return self.weights
+        return outer_weights(self.injection, self.skeleton.units(), self.weights)
+
+
+def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunResult:
+    """Perplexity of each model, and what sets it apart from the reference where one is named.
+
+    Raises `PlanError` with everything that cannot be opened. Memory is one layer of one model and
+    a few windows; hidden states are spilled to a temporary folder.
+    """
+    progress = progress or Silent()
+    began = time.monotonic()
+    progress.stage("open", 1)
+    progress.step("reading headers")
+    models, corpora = _open(recipe)
+    device = pick_device(recipe.device)
+    with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
+        frames, streams = {}, {}
+        for number, model in enumerate(models):
+            frame = frames[model.name] = Frame(model.skeleton, model.outer())
+            streams[model.name] = _through_layers(
+                model, frame, corpora, Path(folder, str(number)), device, progress
+            )
+        progress.stage("score", 1)
+        progress.step("final norm and head")
+
+        def read(arm: str, corpus: str, start: int, stop: int) -> torch.Tensor:
+            return streams[arm].read(corpus, start, stop)
+
+        scored = score(frames, read, corpora, recipe.reference, progress.doing)
+    by_corpus = {s.corpus.name: score_arms(s.stats, recipe.reference) for s in scored}
+    return RunResult(
+        qmerge_version=__version__,
+        command="evaluate",
+        recipe={"models": list(recipe.models), **plain_recipe(recipe)},
+        reference=recipe.reference,
+        subject=None,
+        corpora=Corpora(evaluation={c.name: corpus_record(c) for c in corpora}),
+        arms={m.name: {c: found[m.name] for c, found in by_corpus.items()} for m in models},
+        inputs=_inputs(models),
+        versions=versions(),
+        timings={"total": time.monotonic() - began},
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
+    faults = Faults()
+    faults.found += recipe.faults()
+    models: list[Model] = []
+    for asked in recipe.contestants():
+        with faults.at(asked.name):
+            models.append(_open_model(asked, recipe, faults))
+    corpora: tuple[Corpus, ...] = ()
+    if not faults.found:
+        with faults.at("tokenizer"):
+            corpora = _texts(models, recipe, faults)
+    if faults.found:
+        raise PlanError(faults.found)
+    return models, corpora
+
+
+def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:
+    skeleton, weights = open_model(asked.folder, trust_remote_code=recipe.trust_remote_code)
+    probe(skeleton)
+    injection = None
+    if asked.adapter is not None:
+        injection = inject(skeleton.model, open_adapter(asked.adapter), allow_noop=True)
+        faults.found += injection.faults
+    return Model(asked=asked, skeleton=skeleton, weights=weights, injection=injection)
+
+
+def _texts(models: Sequence[Model], recipe: EvaluateRecipe, faults: Faults) -> tuple[Corpus, ...]:
+    """The corpora in tokens of the first model; a model that numbers tokens otherwise is a fault."""
+    first: Any = None
+    for model in models:
+        home = tokenizer_home(model.asked.folder, model.asked.adapter)
+        tokenizer = load_tokenizer(home, trust_remote_code=recipe.trust_remote_code)
+        first = first or tokenizer
+        known, other = first.get_vocab(), tokenizer.get_vocab()
+        if any(other.get(token, number) != number for token, number in known.items()):
+            faults.found.append(
+                Fault(
+                    where=model.name,
+                    message=f"its tokenizer numbers tokens otherwise than {models[0].name}'s",
+                    hint="models are compared on the same tokens: evaluate them one by one",
+                )
+            )
+    length = min(window_length(recipe.sequence_length, model.skeleton) for model in models)
+    return evaluation_texts(recipe, first, length, faults)
+
+
+def _through_layers(
+    model: Model,
+    frame: Frame,
+    corpora: Sequence[Corpus],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+) -> Streams:
+    """All windows through all layers of one model; its last hidden states by corpus."""
+    length = corpora[0].tokens.shape[1]
+    at_once = max(1, EVALUATION_TOKENS // length)
+    width = int(text_config(model.skeleton.model.config).hidden_size)
+    streams = Streams(
+        folder,
+        {c.name: Stream(windows=len(c.tokens), length=length, width=width) for c in corpora},
+    )
+    layers = [unit for unit in model.skeleton.units() if unit.kind == "layer"]
+    progress.stage(model.name, len(layers))
+    for corpus in corpora:
+        for start, stop in batches(len(corpus.tokens), at_once):
+            streams.append(corpus.name, frame.enter(corpus.tokens[start:stop])[0])
+    streams.turn()
+    calls = move(frame.calls(length), device)
+    for unit in layers:
+        progress.step(unit.label)
+        layer = model.layer(unit).to(device)
+        for corpus in corpora:
+            advance(layer, streams, corpus.name, calls[unit.index], at_once, None)
+        streams.turn()
+    return streams
+
+
+def _inputs(models: Sequence[Model]) -> dict[str, InputRecord]:
+    found = {}
+    for model in models:
+        record = folder_record(model.asked.folder)
+        found[model.name] = replace(record, format=model.weights.format.name)
+        if model.injection is not None and model.asked.adapter is not None:
+            adapter = folder_record(model.asked.adapter, format=model.injection.adapter.kind)
+            found[f"{model.name} adapter"] = adapter
+    return found

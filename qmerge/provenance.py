@@ -1,0 +1,84 @@
+"""Where figures come from: inputs with their digests, texts, versions, the machine's measure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qmerge.corpus import Corpus
+from qmerge.recipe import Scoring
+from qmerge.results import CorpusRecord, InputRecord
+from qmerge.storage.shards import sha256_file
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "bitsandbytes")
+CARD = "README.md"
+
+
+def folder_record(path: Path, **facts: Any) -> InputRecord:
+    """A folder with the digest of each of its files."""
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
+    return InputRecord(
+        path=str(path),
+        bytes=sum(entry.stat().st_size for entry in files),
+        files={entry.name: sha256_file(entry) for entry in files},
+        license=license_of(path),
+        **facts,
+    )
+
+
+def license_of(folder: Path) -> str | None:
+    """What the front matter of a model card calls the licence."""
+    import yaml
+
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def corpus_record(corpus: Corpus, seed: int | None = None) -> CorpusRecord:
+    """A text as it was used."""
+    windows, length = corpus.tokens.shape
+    return CorpusRecord(
+        name=corpus.name,
+        source=corpus.source,
+        role=corpus.role,
+        windows=windows,
+        sequence_length=length,
+        tokens=windows * length,
+        documents=corpus.documents,
+        sha256=corpus.sha256,
+        text_sha256=corpus.text_sha256,
+        seed=seed,
+        license=corpus.licence,
+    )
+
+
+def plain_recipe(recipe: Scoring) -> dict[str, Any]:
+    """The effective recipe as plain values, by key."""
+    import yaml
+
+    return dict(yaml.safe_load(recipe.to_yaml()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's figures depend on."""
+    found = {"python": platform.python_version()}
+    return found | {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def peak_rss() -> int:
+    """Most memory this process has had resident, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

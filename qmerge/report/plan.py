@@ -1,0 +1,64 @@
+"""A plan as text: what would be done, unit by unit, and all that stands against it."""
+
+from __future__ import annotations
+
+from qmerge.report.words import size
+from qmerge.results import PlannedUnit, PlanSummary
+
+HEAD = ("unit", "quantized", "dense", "adapted", "in", "out")
+
+
+def render(plan: PlanSummary) -> str:
+    """Plain text; the faults last, where the eye ends."""
+    lines = [
+        f"{label:<12}{value}"
+        for label, value in (
+            ("base", plan.base),
+            ("adapter", plan.adapter),
+            ("original", plan.original),
+            ("out", plan.out),
+            ("strategy", " and ".join(plan.strategies)),
+            ("quantizer", plan.quantizer),
+        )
+        if value
+    ]
+    lines += [f"{'text':<12}{corpus}" for corpus in plan.corpora]
+    if plan.units:
+        lines += ["", *_table(plan.units), "", *_needs(plan)]
+    lines += [f"note: {note}" for note in plan.notes]
+    for fault, hint in zip(plan.faults, plan.hints, strict=True):
+        lines.append(f"fault: {fault}")
+        if hint:
+            lines.append(f"  hint: {hint}")
+    return "\n".join(lines)
+
+
+def _table(units: tuple[PlannedUnit, ...]) -> list[str]:
+    rows = [HEAD] + [
+        (
+            unit.label,
+            str(unit.quantized),
+            str(unit.dense),
+            str(unit.adapted),
+            size(unit.bytes_in),
+            size(unit.bytes_out),
+        )
+        for unit in units
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+
+
+def _needs(plan: PlanSummary) -> list[str]:
+    return [
+        f"reads {size(plan.bytes_in)}, writes {size(plan.bytes_out)}",
+        f"needs {size(plan.memory_bytes)} of memory beside the libraries, "
+        f"{size(plan.disk_bytes)} of disk while it runs",
+        f"calibration: {plan.calibration_at_once} windows at once through a layer",
+    ]

@@ -1,0 +1,243 @@
+"""The main job on tiny real checkpoints, against plain transformers, PEFT and gptqmodel."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qmerge.formats import open_format
+from qmerge.pipeline import run
+from qmerge.recipe import Recipe
+from qmerge.results import RunResult
+from qmerge.storage.checkpoint import Checkpoint
+
+LENGTH, WINDOWS = 64, 24
+
+
+def perplexity(model: Any, tokens: torch.Tensor) -> float:
+    """Mean over all targets, by transformers alone."""
+    with torch.inference_mode():
+        logits = model(input_ids=tokens).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return math.exp(loss.item())
+
+
+def windows(folder: Path, text: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text.read_text(), verbose=False)["input_ids"]
+    return torch.tensor(ids[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
+
+
+def load(folder: Path, adapter: Path | None = None) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def close(found: float, expected: float, tolerance: float) -> bool:
+    return abs(found / expected - 1) < tolerance
+
+
+@pytest.fixture(scope="module")
+def asked(
+    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path
+) -> Recipe:
+    return Recipe(
+        base=tiny_original,
+        adapter=tiny_adapter,
+        out=Path("unused"),
+        calibration=str(calibration_text),
+        calibration_samples=32,
+        eval=(f"held_out={eval_text}",),
+        eval_windows=WINDOWS,
+        sequence_length=LENGTH,
+        group_size=32,
+    )
+
+
+@pytest.fixture(scope="module")
+def nf4_run(
+    asked: Recipe, tiny_nf4: Path, tiny_original: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, RunResult]:
+    out = tmp_path_factory.mktemp("nf4") / "release"
+    recipe = replace(asked, base=tiny_nf4, original=tiny_original, out=out, strategy="auto")
+    return recipe, run(recipe)
+
+
+def test_arms_equal_transformers_and_peft(
+    nf4_run: tuple[Recipe, RunResult], tiny_original: Path, tiny_adapter: Path, eval_text: Path
+) -> None:
+    recipe, result = nf4_run
+    tokens = windows(tiny_original, eval_text)
+    scores = {arm: found["held_out"].perplexity for arm, found in result.arms.items()}
+    assert close(scores["original"], perplexity(load(tiny_original), tokens), 1e-4)
+    # bitsandbytes multiplies in its compute dtype, bf16; both sides decode the same weights.
+    assert close(scores["quantized_base"], perplexity(load(recipe.base), tokens), 1e-2)
+    decoded = decoded_model(recipe.base)
+    assert close(scores["quantized_base"], perplexity(decoded, tokens), 1e-5)
+    from peft import PeftModel
+
+    trained = PeftModel.from_pretrained(decoded, tiny_adapter).eval()
+    assert close(scores["trained"], perplexity(trained, tokens), 1e-5)
+    merged = trained.merge_and_unload()
+    merged_name = "merged" if result.strategy.chosen == "dequantize" else "merged_dequantize"
+    assert close(scores[merged_name], perplexity(merged, tokens), 1e-5)
+
+
+def decoded_model(folder: Path) -> Any:
+    """A dense transformers model with the weights that the readers decode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    form = open_format(Checkpoint.open(folder))
+    model.load_state_dict({name: form.dense(name) for name in form.weights}, strict=False)
+    return model
+
+
+def test_auto_publishes_the_nearer_release(nf4_run: tuple[Recipe, RunResult]) -> None:
+    _, result = nf4_run
+    assert {c.strategy for c in result.strategy.candidates} == {"dequantize", "substitute"}
+    kl = {c.strategy: c.kl.mean for c in result.strategy.candidates}
+    assert result.strategy.chosen == min(kl, key=kl.get) or "within two" in result.strategy.why
+    assert result.arms["release"]["held_out"].kl.mean == kl[result.strategy.chosen]
+    other = next(s for s in kl if s != result.strategy.chosen)
+    assert result.arms[f"release_{other}"]["held_out"].kl.mean == kl[other]
+
+
+def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:
+    recipe, result = nf4_run
+    report = json.loads((recipe.out / "qmerge_report.json").read_text())
+    for key in (
+        "schema_version qmerge_version recipe strategy corpora arms change survival layers "
+        "timings peak_rss_bytes"
+    ).split():
+        assert report[key] is not None, key
+    assert RunResult.from_dict(report).to_dict() == result.to_dict()
+    score = report["arms"]["release"]["held_out"]
+    assert {"perplexity", "stderr", "tokens", "kl", "same_top"} <= score.keys()
+    assert score["tokens"] == WINDOWS * (LENGTH - 1)
+    assert {"ratio", "ratio_stderr", "difference", "ci95"} <= report["change"]["held_out"].keys()
+    assert len(report["layers"]) == 3
+    assert {"calibration", "evaluation"} <= report["corpora"].keys()
+
+
+def test_release_holds_what_its_users_need(
+    nf4_run: tuple[Recipe, RunResult], tiny_original: Path
+) -> None:
+    recipe, _ = nf4_run
+    names = {path.name for path in recipe.out.iterdir()}
+    assert {"config.json", "quantize_config.json", "README.md", "qmerge_recipe.yaml"} <= names
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (recipe.out / name).read_bytes() == (recipe.base / name).read_bytes()
+    original = Checkpoint.open(tiny_original).tensors
+    release = Checkpoint.open(recipe.out)
+    assert set(open_format(release).weights) == set(original)
+    assert not recipe.out.with_name("release.partial").exists()
+
+
+def test_release_opens_in_transformers_as_it_was_scored(
+    nf4_run: tuple[Recipe, RunResult], eval_text: Path
+) -> None:
+    pytest.importorskip("gptqmodel", reason="opening a release needs the extra 'verify'")
+    recipe, result = nf4_run
+    found = perplexity(load(recipe.out), windows(recipe.out, eval_text))
+    assert close(found, result.arms["release"]["held_out"].perplexity, 2e-3)
+
+
+def test_untouched_weights_are_the_base_s(nf4_run: tuple[Recipe, RunResult]) -> None:
+    recipe, result = nf4_run
+    source = recipe.base if result.strategy.chosen == "dequantize" else recipe.original
+    base, release = Checkpoint.open(source), Checkpoint.open(recipe.out)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(base.read(name), release.read(name))
+
+
+def test_gptq_base_lends_its_settings(
+    asked: Recipe, tiny_gptq: Path, tiny_adapter: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    out = tmp_path / "release"
+    result = run(replace(asked, base=tiny_gptq, out=out, group_size=None, act_order="full"))
+    assert result.recipe["group_size"] == 32
+    settings = json.loads((out / "quantize_config.json").read_text())
+    assert (settings["bits"], settings["group_size"], settings["desc_act"]) == (4, 32, True)
+    tokens = windows(tiny_gptq, eval_text)
+    base = perplexity(load(tiny_gptq), tokens)
+    assert close(result.arms["quantized_base"]["held_out"].perplexity, base, 1e-3)
+    trained = PeftModel.from_pretrained(decoded_model(tiny_gptq), tiny_adapter).eval()
+    expected = perplexity(trained, tokens)
+    assert close(result.arms["trained"]["held_out"].perplexity, expected, 1e-5)
+    live = perplexity(load(tiny_gptq, tiny_adapter), tokens)
+    assert close(result.arms["trained"]["held_out"].perplexity, live, 1e-3)
+    released = perplexity(load(out), tokens)
+    assert close(released, result.arms["release"]["held_out"].perplexity, 2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 8, "group_size": -1, "act_order": "none"},
+        {"bits": 3, "format": "gptq_v2"},
+        {"bits": 2, "symmetric": False, "format": "gptq_v2"},
+        {"symmetric": False},
+        {"format": "compressed-tensors"},
+        {"memory": 1 << 20},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_every_setting_makes_a_release_that_decodes_as_scored(
+    asked: Recipe, tiny_nf4: Path, eval_text: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    out = tmp_path / "release"
+    result = run(replace(asked, base=tiny_nf4, out=out, **changes))
+    found = perplexity(decoded_model(out), windows(out, eval_text))
+    assert close(found, result.arms["release"]["held_out"].perplexity, 1e-5)
+
+
+def test_micro_batches_quantize_alike(asked: Recipe, tiny_nf4: Path, tmp_path: Path) -> None:
+    whole = run(replace(asked, base=tiny_nf4, out=tmp_path / "whole"))
+    parts = run(replace(asked, base=tiny_nf4, out=tmp_path / "parts", memory=1 << 20))
+    first, second = whole.arms["release"]["held_out"], parts.arms["release"]["held_out"]
+    assert close(first.perplexity, second.perplexity, 1e-2)
+    assert abs(whole.survival.survival - parts.survival.survival) < 0.02
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    asked: Recipe, tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qmerge.walk import Walk
+
+    straight = replace(asked, base=tiny_nf4, out=tmp_path / "straight")
+    run(straight)
+    stopped = replace(asked, base=tiny_nf4, out=tmp_path / "stopped")
+    layer = Walk.layer
+
+    def stop(self: Walk, unit: Any) -> None:
+        if unit.index == 1:
+            raise KeyboardInterrupt
+        layer(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped)
+    assert not stopped.out.exists()
+    assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
+    run(stopped)
+    for path in straight.out.iterdir():
+        if path.name not in ("qmerge_report.json", "README.md", "qmerge_recipe.yaml"):
+            assert path.read_bytes() == (stopped.out / path.name).read_bytes(), path.name

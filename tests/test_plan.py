@@ -1,0 +1,195 @@
+"""Bad input: one clear error each, exit code 2 (1 from `plan`), and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qmerge.cli import status
+from qmerge.errors import PlanError
+from qmerge.pipeline import run
+from qmerge.plan import make_plan
+from qmerge.recipe import Recipe
+
+
+@pytest.fixture
+def asked(
+    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
+) -> Recipe:
+    """A recipe on copies, for a test to damage."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_original, base)
+    shutil.copytree(tiny_adapter, adapter)
+    return Recipe(
+        base=base,
+        adapter=adapter,
+        out=tmp_path / "out",
+        calibration=str(calibration_text),
+        calibration_samples=4,
+        eval=(str(eval_text),),
+        eval_windows=2,
+        sequence_length=64,
+        group_size=32,
+    )
+
+
+def other_shapes(recipe: Recipe) -> Recipe:
+    from safetensors.torch import load_file, save_file
+
+    file = recipe.adapter / "adapter_model.safetensors"
+    tensors = {name: t.new_ones(t.shape[0] + 8, *t.shape[1:]) for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    return recipe
+
+
+def other_names(recipe: Recipe) -> Recipe:
+    from safetensors.torch import load_file, save_file
+
+    file = recipe.adapter / "adapter_model.safetensors"
+    renamed = {name.replace("layers.2", "layers.7"): t for name, t in load_file(file).items()}
+    save_file(renamed, file)
+    return recipe
+
+
+def unknown_kind(recipe: Recipe) -> Recipe:
+    edit(recipe.adapter / "adapter_config.json", peft_type="SUPERLORA")
+    return recipe
+
+
+def missing_shard(recipe: Recipe) -> Recipe:
+    sorted(recipe.base.glob("*.safetensors"))[1].unlink()
+    return recipe
+
+
+def truncated_shard(recipe: Recipe) -> Recipe:
+    shard = sorted(recipe.base.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return recipe
+
+
+def index_leaves_folder(recipe: Recipe) -> Recipe:
+    index = recipe.base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = next(iter(content["weight_map"]))
+    content["weight_map"][name] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+    return recipe
+
+
+def out_exists(recipe: Recipe) -> Recipe:
+    recipe.out.mkdir()
+    return recipe
+
+
+def short_calibration(recipe: Recipe) -> Recipe:
+    file = recipe.out.with_name("short.txt")
+    file.write_text("too short")
+    return replace(recipe, calibration=str(file))
+
+
+def group_does_not_divide(recipe: Recipe) -> Recipe:
+    return replace(recipe, group_size=128)
+
+
+def substitute_without_original(recipe: Recipe) -> Recipe:
+    return replace(recipe, strategy="substitute")
+
+
+def other_config(recipe: Recipe) -> Recipe:
+    edit(recipe.base / "config.json", hidden_size=128)
+    return recipe
+
+
+def edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+BAD = {
+    other_shapes: "lora_A",
+    other_names: "layers.7",
+    unknown_kind: "SUPERLORA",
+    missing_shard: "model-00002",
+    truncated_shard: "model-00001",
+    index_leaves_folder: "../model.safetensors",
+    out_exists: "exists",
+    short_calibration: "short.txt",
+    group_does_not_divide: "group size 128",
+    substitute_without_original: "original",
+    other_config: "hidden_size|shapes differ",
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"), BAD.items(), ids=[getattr(f, "__name__", "") for f in BAD]
+)
+def test_bad_input_is_one_clear_error(
+    asked: Recipe,
+    damage: Callable[[Recipe], Recipe],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = damage(asked)
+    before = sorted(recipe.out.parent.iterdir())
+    file = recipe.out.with_name("recipe.yaml")
+    file.write_text(recipe.to_yaml())
+    assert status(["run", str(file)]) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert any(part in printed for part in said.split("|")), printed
+    assert "hint:" in printed
+    assert status(["plan", str(file)]) == 1
+    listed = capsys.readouterr().out
+    assert any(part in listed for part in said.split("|"))
+    file.unlink()
+    assert sorted(recipe.out.parent.iterdir()) == before
+
+
+def test_all_faults_are_told_at_once(asked: Recipe) -> None:
+    recipe = out_exists(unknown_kind(short_calibration(group_does_not_divide(asked))))
+    with pytest.raises(PlanError) as caught:
+        run(recipe)
+    text = "\n".join(fault.message for fault in caught.value.faults)
+    for part in ("exists", "SUPERLORA", "short.txt", "group size"):
+        assert part in text
+
+
+def test_width_that_cannot_be_packed(asked: Recipe, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from peft import LoraConfig, get_peft_model
+
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=100, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    odd, adapter = tmp_path / "odd", tmp_path / "odd-adapter"
+    model.to(torch.bfloat16).save_pretrained(odd)
+    AutoTokenizer.from_pretrained(asked.base).save_pretrained(odd)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(adapter)
+    plan = make_plan(replace(asked, base=odd, adapter=adapter, group_size=-1))
+    assert plan.job is None
+    assert any("100" in fault.message and "32-bit words" in fault.message for fault in plan.faults)
+
+
+def test_plan_tells_every_unit_and_its_bytes(asked: Recipe) -> None:
+    plan = make_plan(asked)
+    assert plan.faults == ()
+    run(asked)
+    written = sum(f.stat().st_size for f in asked.out.glob("*.safetensors"))
+    planned = sum(unit.bytes_out for unit in plan.summary.units)
+    assert abs(planned / written - 1) < 0.25
+    stored = sum(f.stat().st_size for f in asked.base.glob("*.safetensors"))
+    assert abs(sum(unit.bytes_in for unit in plan.summary.units) / stored - 1) < 0.25
+    assert [u.label for u in plan.summary.units] == [
+        "embedding", "layer 0", "layer 1", "layer 2", "head"
+    ]  # fmt: skip
+    assert all(u.quantized == u.adapted == 7 for u in plan.summary.units[1:-1])
