@@ -1,0 +1,401 @@
+"""Text for calibration and evaluation: from what the user names to windows of tokens.
+
+Shapes: W windows, S tokens in a window, T tokens of a whole text, P positions in a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Role = Literal["calibration", "in_domain", "general"]
+
+_HUB = re.compile(
+    r"hub:(?P<org>[^/@]+)/(?P<dataset>[^/@]+)(?:@(?P<revision>[^:]+))?"
+    r"/(?P<config>[^/]+)/(?P<split>(?:[^/:\[\]]|\[[^\]]*\])+)(?::(?P<column>.+))?"
+)
+_HUB_HINT = "hub:ORG/NAME[@REV]/CONFIG/SPLIT[:COLUMN], with CONFIG default where there is only one"
+_OFFLINE_HINT = "without the network, give a local file or the recipe pydoc"
+_USUAL_COLUMNS = ("text", "messages")
+_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PYDOC = "pydoc_data.topics"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """A text cut into windows.
+
+    `tokens` is int64 [W, S]. `sha256` is of its bytes as little-endian int64, `text_sha256` of
+    the whole joined text in UTF-8, and `windows_available` counts the windows of that whole text.
+    """
+
+    name: str
+    source: str
+    role: Role
+    tokens: Tensor
+    documents: int
+    windows_available: int
+    sha256: str
+    text_sha256: str
+    licence: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """A file of `calibration/`; its README explains the keys."""
+
+    description: str
+    source: str
+    split: str
+    licence: str
+    config: str | None = None
+    column: str | None = None
+    template: str | None = None
+    data_files: str | None = None
+
+
+def load_corpus(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    role: Role,
+    windows: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+) -> Corpus:
+    """Windows of the text that `spec` names (calibration/README.md), at most `windows` of them.
+
+    Evaluation takes the first ones, as the published perplexity protocol does; calibration draws
+    with `seed` without replacement, in the order of the text. CorpusError if the text cannot be
+    had or does not fill one window.
+    """
+    documents, licence = _documents(spec, tokenizer)
+    text = "\n\n".join(documents)
+    text_sha256 = _sha256_of_text(text, spec)
+    all_WS = _cut(_tokenize(text, tokenizer), sequence_length, spec)
+    tokens_WS = _choose(all_WS, windows, seed if role == "calibration" else None)
+    return Corpus(
+        name=name or default_name(spec),
+        source=spec,
+        role=role,
+        tokens=tokens_WS,
+        documents=len(documents),
+        windows_available=len(all_WS),
+        sha256=hashlib.sha256(tokens_WS.numpy().astype("<i8").tobytes()).hexdigest(),
+        text_sha256=text_sha256,
+        licence=licence,
+    )
+
+
+def overlap(calibration: Corpus, evaluation: Corpus, *, width: int = 64) -> float:
+    """Share of the evaluation's tokens that stand, `width` in a row, in the calibration windows.
+
+    The evaluation is looked up in blocks of `width` from the start of each window, so every shared
+    run of at least `2 * width - 1` tokens inside a window is found.
+    """
+    width = min(width, calibration.tokens.shape[1], evaluation.tokens.shape[1])
+    known = _fingerprints(calibration.tokens, width, step=1)
+    asked = _fingerprints(evaluation.tokens, width, step=width)
+    return torch.isin(asked, known).double().mean().item()
+
+
+def default_name(spec: str) -> str:
+    """The file's stem, the recipe's name, or the dataset's name without its organisation."""
+    if match := _HUB.fullmatch(spec):
+        return match["dataset"]
+    return spec if spec in text_recipes() else _split_column(spec)[0].stem
+
+
+def text_recipes() -> dict[str, Path]:
+    """The named texts and their files: in the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    folder = next(
+        (place for place in (here / "calibration", here.parent / "calibration") if place.is_dir()),
+        here,
+    )
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def read_text_recipe(name: str) -> TextRecipe:
+    """The recipe `name`; CorpusError if its file does not hold one."""
+    import yaml
+
+    file = text_recipes()[name]
+    try:
+        return TextRecipe(**yaml.safe_load(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise CorpusError(f"{file}: not a text recipe: {error}") from error
+
+
+# From a SPEC to documents.
+
+
+def _documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], str | None]:
+    """The documents and, where it is known, their licence."""
+    if spec in text_recipes():
+        recipe = read_text_recipe(spec)
+        return _from_recipe(spec, recipe, tokenizer), recipe.licence
+    if spec.startswith("hub:"):
+        match = _HUB.fullmatch(spec)
+        if match is None:
+            raise CorpusError(f"{spec}: not the name of a dataset", hint=_HUB_HINT)
+        path = f"{match['org']}/{match['dataset']}"
+        rows = _from_hub(spec, path, match["config"], match["split"], match["revision"], None)
+        return _from_rows(spec, rows, match["column"], tokenizer), None
+    file, column = _split_column(spec)
+    return _from_file(spec, file, column, tokenizer), None
+
+
+def _split_column(spec: str) -> tuple[Path, str | None]:
+    """File and column; a file whose name is the whole SPEC wins."""
+    path, colon, column = spec.rpartition(":")
+    if not colon or _is_file(spec) or Path(path).suffix not in _FILE_SUFFIXES:
+        return Path(spec), None
+    return Path(path), column
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
+def _from_file(
+    spec: str, file: Path, column: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    if file.suffix not in _FILE_SUFFIXES:
+        raise CorpusError(
+            f"{spec}: neither a recipe nor a {', '.join(_FILE_SUFFIXES)} file",
+            hint=f"recipes are {', '.join(text_recipes())}",
+        )
+    if not _is_file(file):
+        raise CorpusError(f"{file}: no such file")
+    try:
+        if file.suffix == ".txt":
+            if column is not None:
+                raise CorpusError(f"{spec}: a text file has no column {column!r}")
+            return [file.read_text("utf-8-sig")]
+        rows = _jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{file}: cannot be read: {error}") from error
+    return _from_rows(spec, rows, column, tokenizer)
+
+
+def _jsonl_rows(file: Path) -> list[Any]:
+    rows = []
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise CorpusError(f"{file}: line {number} is not JSON: {error}") from error
+    return rows
+
+
+def _parquet_rows(file: Path) -> list[Any]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        rows: list[Any] = pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowException as error:
+        raise CorpusError(f"{file}: not a parquet file: {error}") from error
+    return rows
+
+
+def _from_recipe(name: str, recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if recipe.source == _PYDOC:
+        return _pydoc(recipe.split)
+    path, _, revision = recipe.source.removeprefix("hub:").partition("@")
+    rows = _from_hub(name, path, recipe.config, recipe.split, revision or None, recipe.data_files)
+    if recipe.template is None:
+        return _from_rows(name, rows, recipe.column, tokenizer)
+    try:
+        return [recipe.template.format_map(row) for row in rows]
+    except KeyError as error:
+        raise CorpusError(f"{name}: the dataset has no column {error}") from error
+
+
+def _from_hub(
+    spec: str,
+    path: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    data_files: str | None,
+) -> Iterable[Any]:
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(
+            path, config, split=split, revision=revision, data_files=data_files
+        )
+    except Exception as error:  # the network, the cache, the hub and the builders raise all kinds
+        reason = str(error).split("\n", 1)[0] or type(error).__name__
+        raise CorpusError(f"{spec}: {reason}", hint=_OFFLINE_HINT) from error
+    return rows
+
+
+def _from_rows(
+    spec: str, rows: Iterable[Any], column: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """One document a row; empty ones count too, as published perplexities have them."""
+    documents: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        where = f"{spec}: row {number}"
+        if not isinstance(row, dict):
+            raise CorpusError(f"{where} is not an object with columns")
+        if column is None:
+            column = _usual_column(where, list(row))
+        if column not in row:
+            raise CorpusError(f"{where} has no column {column!r}", hint=_columns_hint(list(row)))
+        documents.append(_document(where, row[column], column, tokenizer))
+    return documents
+
+
+def _usual_column(where: str, columns: list[str]) -> str:
+    for usual in _USUAL_COLUMNS:
+        if usual in columns:
+            return usual
+    if len(columns) != 1:
+        raise CorpusError(f"{where}: which column is the text?", hint=_columns_hint(columns))
+    return columns[0]
+
+
+def _columns_hint(columns: list[str]) -> str:
+    return f"give it as SPEC:COLUMN; there is {', '.join(columns) or 'none'}"
+
+
+def _document(where: str, value: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise CorpusError(f"{where}: column {column!r} is neither a text nor a list of messages")
+    if not getattr(tokenizer, "chat_template", None):
+        raise CorpusError(
+            f"{where}: holds messages, and the tokenizer has no chat template",
+            hint="give text, or add the chat template that training used to the base's folder",
+        )
+    try:
+        document = tokenizer.apply_chat_template(value, tokenize=False)
+    except Exception as error:  # a template is a program and may raise anything
+        raise CorpusError(f"{where}: the chat template refuses it: {error}") from error
+    assert isinstance(document, str)
+    # Templates spell out the start token that the tokenizer will put before the whole text.
+    return document.removeprefix(tokenizer.bos_token or "")
+
+
+def _pydoc(split: str) -> list[str]:
+    """Chapters of the language reference; about a fifth of the text is held out for evaluation.
+
+    The chapters quote one another at length, so a paragraph goes to the first chapter that has it,
+    evaluation before calibration.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module(_PYDOC).topics
+    except ImportError as error:
+        raise CorpusError(
+            f"this Python was installed without {_PYDOC}", hint="give a text file"
+        ) from error
+    held_out = [name for name in sorted(topics) if _is_held_out(name)]
+    others = [name for name in sorted(topics) if not _is_held_out(name)]
+    seen: set[str] = set()
+    parts = {
+        part: _new_paragraphs([topics[name] for name in names], seen)
+        for part, names in (("evaluation", held_out), ("calibration", others))
+    }
+    return parts[split]
+
+
+def _is_held_out(topic: str) -> bool:
+    """By name alone, so that a topic stays on its side when another version of Python adds some."""
+    return zlib.crc32(topic.encode()) % 3 == 0
+
+
+def _new_paragraphs(chapters: Iterable[str], seen: set[str]) -> list[str]:
+    documents = []
+    for chapter in chapters:
+        new = []
+        for paragraph in chapter.split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                new.append(paragraph)
+            seen.add(words)
+        documents.append("\n\n".join(new).strip())
+    return [document for document in documents if document]
+
+
+# From documents to windows.
+
+
+def _sha256_of_text(text: str, spec: str) -> str:
+    try:
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{spec}: holds half of a surrogate pair, which is no text") from error
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """int64 [T] of the whole text, which is longer than any model takes: hence `verbose`."""
+    encode: Callable[..., Any] = tokenizer
+    ids: list[int] = encode(text, verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text began with one of its own
+        ids = ids[1:]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(tokens_T: Tensor, sequence_length: int, spec: str) -> Tensor:
+    """[W, S] without overlap; the tail is dropped."""
+    count = len(tokens_T) // sequence_length
+    if count == 0:
+        raise CorpusError(
+            f"{spec}: {len(tokens_T)} tokens do not fill one window of {sequence_length}",
+            hint="give a longer text or a smaller --sequence-length",
+        )
+    return tokens_T[: count * sequence_length].view(count, sequence_length)
+
+
+def _choose(all_WS: Tensor, windows: int | None, seed: int | None) -> Tensor:
+    """The first `windows`, or with a seed that many drawn ones."""
+    if windows is None or windows >= len(all_WS):
+        return all_WS
+    if seed is None:
+        return all_WS[:windows].clone()
+    # Python's own generator: its draws are the same on every platform and version of torch.
+    drawn = sorted(random.Random(seed).sample(range(len(all_WS)), windows))
+    return all_WS[drawn]
+
+
+def _fingerprints(tokens_WS: Tensor, width: int, *, step: int) -> Tensor:
+    """A 64-bit hash of every run of `width` tokens that starts at a multiple of `step`.
+
+    Multilinear with fixed odd factors modulo 2⁶⁴ (integer arithmetic in torch wraps around).
+    """
+    generator = random.Random(width)
+    hashes_WP = torch.zeros(len(tokens_WS), (tokens_WS.shape[1] - width) // step + 1).long()
+    last = tokens_WS.shape[1] - width + 1
+    for offset in range(width):
+        factor = generator.getrandbits(63) | 1
+        hashes_WP += tokens_WS[:, offset : offset + last : step] * factor
+    return hashes_WP.flatten()
