@@ -149,6 +149,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
     if faults.found or not (skeleton and base and injection and settings and texts):
         return None
+    if tokenizer_folder != recipe.base:
+        notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
     calibration, evaluation = texts
     return Job(
         recipe=_effective(recipe, settings, calibration),

@@ -13,7 +13,7 @@ from qmerge.plan import Job
 from qmerge.provenance import CARD
 from qmerge.report import render_card, render_json
 from qmerge.results import RunResult
-from qmerge.storage.checkpoint import _side_files as folder_side_files
+from qmerge.storage.checkpoint import Checkpoint, folder_side_files
 from qmerge.storage.shards import copy_file, write_json, write_text
 
 REPORT = "qmerge_report.json"
@@ -36,22 +36,25 @@ TOKENIZER_NAMES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "
 TEMPLATE_NAMES = ("chat_template", "additional_chat_templates")
 
 
-def write_side_files(job: Job, folder: Path) -> dict[str, str]:
-    """Tokenizer, processor, templates, licence and code, byte for byte; sha256 by name.
+def side_files_of(checkpoint: Checkpoint, tokenizer: Path) -> dict[Path, Path]:
+    """Tokenizer, processor, templates, licence and code: source by name relative to the folder.
 
-    The tokenizer's own files come from the adapter's folder where training saved them there.
+    The tokenizer's own files come from the folder `tokenizer`, which may be the adapter's.
     """
-    base, digests = job.recipe.base, {}
-    sources = {path.relative_to(base): path for path in job.base.checkpoint.side_files()}
-    home = job.tokenizer_folder
-    if home != base:
+    sources = {path.relative_to(checkpoint.path): path for path in checkpoint.side_files()}
+    if tokenizer != checkpoint.path:
         sources = {name: path for name, path in sources.items() if not _of_tokenizer(name)}
-        saved = {path.relative_to(home): path for path in folder_side_files(home)}
+        saved = {path.relative_to(tokenizer): path for path in folder_side_files(tokenizer)}
         sources |= {name: path for name, path in saved.items() if _of_tokenizer(name)}
-    for name, path in sorted(sources.items()):
-        if str(name) not in OWN_FILES:
-            (folder / name).parent.mkdir(exist_ok=True)
-            digests[str(name)] = copy_file(path, folder / name)
+    return {name: sources[name] for name in sorted(sources) if str(name) not in OWN_FILES}
+
+
+def write_side_files(job: Job, folder: Path) -> dict[str, str]:
+    """Copy the side files byte for byte; their sha256 by name."""
+    digests = {}
+    for name, path in side_files_of(job.base.checkpoint, job.tokenizer_folder).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        digests[str(name)] = copy_file(path, folder / name)
     return digests
 
 

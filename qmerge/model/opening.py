@@ -20,7 +20,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
 
     Raises `PlanError` with all that does not match, `CheckpointError` or `ModelError` before that.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, config_required=True)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
     return skeleton, open_weights(checkpoint, skeleton)
