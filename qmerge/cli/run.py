@@ -1,0 +1,35 @@
+"""qmerge run: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qmerge.cli.options import Command, json_option, recipe_options
+from qmerge.cli.progress import display
+from qmerge.options import build
+from qmerge.recipe import Recipe
+
+
+@click.command("run", cls=Command)
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@recipe_options(Recipe)
+@json_option
+def command(recipe: Path | None, as_json: bool, **flags: object) -> None:
+    """Merge, requantize, and measure what that cost.
+
+    RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
+    --sym); flags win over it. The release, its report and the recipe that makes it again are
+    written to --out; the table of arms goes to stdout.
+    """
+    asked = build(Recipe, flags, file=recipe)
+
+    with display() as progress:
+        from qmerge.pipeline import run
+
+        result = run(asked, progress)
+
+    from qmerge.report import render
+
+    click.echo(render(result, "json" if as_json else "text").rstrip())

@@ -1,0 +1,273 @@
+"""What was asked: one frozen dataclass per job, with the help text beside each option.
+
+The fields are the keys of a recipe file and the flags of the command line. A recipe says nothing
+about whether its paths exist or its models fit together: that is the plan's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from qmerge.errors import Fault
+from qmerge.options import (
+    DEVICE,
+    EVALS,
+    FOLDER,
+    FRACTION,
+    NBYTES,
+    SPEC,
+    SWITCH,
+    TEXT,
+    WINDOWS,
+    choice,
+    option,
+    options,
+    whole,
+)
+
+Strategy = Literal["dequantize", "substitute", "auto"]
+ActOrder = Literal["none", "group", "full"]
+OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+EvalRole = Literal["in_domain", "general"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalText:
+    """One evaluation corpus as asked for. The in-domain one decides where one must."""
+
+    name: str
+    spec: str
+    role: EvalRole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What every job that scores models is told."""
+
+    eval: tuple[str, ...] = option(
+        (),
+        EVALS,
+        "Text",
+        "Text to score on; may be repeated. SPEC is FILE.txt, FILE.jsonl[:COLUMN],"
+        " FILE.parquet[:COLUMN], the name of a recipe in calibration/, or"
+        " hub:ORG/NAME[@REV]/CONFIG/SPLIT[:COLUMN]. The first is the in-domain one unless another"
+        " is named in_domain; one named general never is.",
+        unset="the offline recipe",
+    )
+    eval_windows: int | Literal["all"] = option(
+        256, WINDOWS, "Text", "Windows of each evaluation text that are scored, from its start."
+    )
+    sequence_length: int | None = option(
+        None,
+        whole(2),
+        "Text",
+        "Tokens in a window, of calibration and evaluation alike.",
+        unset="2048, or the model's own limit if smaller",
+    )
+    device: str = option(
+        "auto", DEVICE, "Machine", "Where layers are run: auto, cpu, cuda or cuda:N."
+    )
+    memory: int = option(
+        4 << 30,
+        NBYTES,
+        "Machine",
+        "Memory to plan for. What does not fit is worked in micro-batches and spilled to disk.",
+    )
+    trust_remote_code: bool = option(
+        False, SWITCH, "Machine", "Run model code that comes with the checkpoint."
+    )
+
+    def eval_texts(self) -> tuple[EvalText, ...]:
+        """The evaluation corpora with name and role, in the order given; names may collide."""
+        named = [_named(text, _corpus_name) for text in self.eval]
+        names = [name for name, _ in named]
+        first = "in_domain" if "in_domain" in names else _first_but(names, "general")
+        return tuple(
+            EvalText(name=name, spec=spec, role="in_domain" if name == first else "general")
+            for name, spec in named
+        )
+
+    def faults(self) -> tuple[Fault, ...]:
+        """Options that contradict one another, for the plan to list among its own."""
+        return _repeated([text.name for text in self.eval_texts()], "--eval")
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `qmerge run` reads; equal recipes give equal text."""
+        import yaml
+
+        keys = [each.name for each in options(type(self)) if not each.transient]
+        plain = {key: _plain(getattr(self, key)) for key in keys}
+        readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(readable) == plain:
+            return readable
+        return yaml.safe_dump(plain, sort_keys=False)  # a name holds what only escapes preserve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Scoring):
+    """The main job. None for bits, group size and symmetry means as the base has them."""
+
+    base: Path = option(
+        MISSING, FOLDER, "Models", "The base that the adapter was trained on, 4-bit or dense."
+    )
+    adapter: Path = option(MISSING, FOLDER, "Models", "The adapter, as PEFT saved it.")
+    out: Path = option(MISSING, FOLDER, "Models", "The release; must not exist yet.")
+    original: Path | None = option(
+        None, FOLDER, "Models", "The 16-bit original of the base.", unset="none"
+    )
+    strategy: Strategy = option(
+        "dequantize",
+        choice("dequantize", "substitute", "auto"),
+        "Models",
+        "Merge onto the decoded base, onto the original, or make both and publish the one that is"
+        " nearer to what was trained.",
+    )
+    calibration: str | None = option(
+        None,
+        SPEC,
+        "Text",
+        "Text that the quantizer sees; SPEC as for --eval.",
+        unset="the offline recipe; text of the adapter's own kind is better",
+    )
+    calibration_samples: int = option(128, whole(1), "Text", "Windows of calibration text.")
+    bits: int | None = option(
+        None, choice(2, 3, 4, 8), "Quantizer", "Bits of a code.", unset="a GPTQ base's, else 4"
+    )
+    group_size: int | None = option(
+        None,
+        choice(-1, 32, 64, 128),
+        "Quantizer",
+        "Input columns that share a step; -1 is one group for all.",
+        unset="a GPTQ base's, else 128",
+    )
+    symmetric: bool | None = option(
+        None,
+        SWITCH,
+        "Quantizer",
+        "Whether the zero point is fixed in the middle of the codes.",
+        flag="--sym/--asym",
+        unset="a GPTQ base's, else --sym",
+    )
+    act_order: ActOrder = option(
+        "group",
+        choice("none", "group", "full"),
+        "Quantizer",
+        "Order in which columns are rounded: as they stand, the loudest first inside each group,"
+        " or the loudest first overall (desc_act).",
+    )
+    damping: float = option(
+        0.01,
+        FRACTION,
+        "Quantizer",
+        "Share of the Hessian's mean diagonal added to it; rises by itself where it must.",
+    )
+    format: OutputFormat | None = option(
+        None,
+        choice("gptq", "gptq_v2", "compressed-tensors"),
+        "Quantizer",
+        "How the release is written.",
+        unset="gptq, or gptq_v2 with --asym",
+    )
+    seed: int = option(0, whole(0), "Machine", "Seed of everything that is drawn.")
+    restart: bool = option(
+        False,
+        SWITCH,
+        "Machine",
+        "Throw away what an interrupted run left beside --out.",
+        transient=True,
+    )
+
+    def faults(self) -> tuple[Fault, ...]:
+        found = super().faults()
+        if self.strategy == "substitute" and self.original is None:
+            message = "'substitute' needs the 16-bit original; without it only 'dequantize' can be"
+            hint = "give --original DIR, or --strategy dequantize"
+            found += (Fault(where="--strategy", message=message, hint=hint),)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One checkpoint to evaluate, with an adapter live on top where there is one."""
+
+    name: str
+    folder: Path
+    adapter: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRecipe(Scoring):
+    """Checkpoints side by side on the same tokens; `models` are [NAME=]DIR[+ADAPTER]."""
+
+    models: tuple[str, ...] = ()
+    reference: str | None = option(
+        None,
+        TEXT,
+        "Models",
+        "Name of the checkpoint that the others are compared to.",
+        unset="none, and no KL",
+    )
+
+    def contestants(self) -> tuple[Contestant, ...]:
+        """The checkpoints in the order given; names may collide."""
+        return tuple(_contestant(*_named(text, _folder_name)) for text in self.models)
+
+    def faults(self) -> tuple[Fault, ...]:
+        names = [each.name for each in self.contestants()]
+        found = super().faults() + _repeated(names, "checkpoints")
+        if self.reference is not None and self.reference not in names:
+            message = f"no checkpoint is named {self.reference!r}; there is {', '.join(names)}"
+            found += (Fault(where="--reference", message=message),)
+        return found
+
+
+def _named(text: str, otherwise: Callable[[str], str]) -> tuple[str, str]:
+    """[NAME=]SPEC. What stands before "=" is a name unless it looks like part of a path."""
+    match = re.fullmatch(r"([\w.-]+)=(.+)", text, re.DOTALL)
+    return (match[1], match[2]) if match else (otherwise(text), text)
+
+
+def _corpus_name(spec: str) -> str:
+    """wiki.jsonl:text → wiki; hub:ORG/NAME@REV/CONFIG/SPLIT → NAME; a recipe's name → itself."""
+    if spec.startswith("hub:"):
+        parts = spec.removeprefix("hub:").split("/")
+        return parts[min(1, len(parts) - 1)].partition("@")[0]
+    return Path(re.sub(r"(\.(?:jsonl|parquet)):[^/]*$", r"\1", spec)).stem
+
+
+def _folder_name(spec: str) -> str:
+    """models/base+out/adapter → base+adapter."""
+    return "+".join(Path(part).name or part for part in _parts(spec) if part)
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    """DIR+ADAPTER; the last "+" divides, one at either end is part of the folder's name."""
+    folder, _, adapter = spec.rpartition("+")
+    return (folder, adapter) if folder and adapter else (spec, "")
+
+
+def _contestant(name: str, spec: str) -> Contestant:
+    folder, adapter = _parts(spec)
+    return Contestant(name=name, folder=Path(folder), adapter=Path(adapter) if adapter else None)
+
+
+def _first_but(names: Sequence[str], avoided: str) -> str | None:
+    return next((name for name in names if name != avoided), None)
+
+
+def _repeated(names: Sequence[str], where: str) -> tuple[Fault, ...]:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    hint = "give each a name of its own: NAME=…"
+    return tuple(
+        Fault(where=where, message=f"the name {name!r} is given twice", hint=hint) for name in twice
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

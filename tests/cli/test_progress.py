@@ -1,0 +1,112 @@
+"""Progress as plain lines and as bars."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from qmerge.cli.progress import PlainProgress, RichProgress, display, duration, memory, rich_bars
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_lines_tell_stage_step_time_and_memory() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("walk", 4)
+    for layer in range(3):
+        shown.step(f"layer {layer}")
+        clock.now += 30
+    lines = [re.sub(r"\d+ MiB", "M", line) for line in stream.getvalue().splitlines()]
+    assert lines == [
+        "walk 1/4 · layer 0 · 0:00 · M",
+        "walk 2/4 · layer 1 · 0:30 · 1:30 left · M",
+        "walk 3/4 · layer 2 · 1:00 · 1:00 left · M",
+    ]
+
+
+def test_time_left_counts_what_the_step_at_hand_has_taken() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("walk", 3)
+    shown.step("layer 0")
+    clock.now += 30
+    shown.step("layer 1")
+    clock.now += 20
+    shown.doing("trained")
+    clock.now += 40
+    shown.doing("release")
+    assert [line.split(" · ")[3] for line in stream.getvalue().splitlines()[1:]] == [
+        "1:00 left",
+        "0:40 left",
+        "0:30 left",
+    ]
+
+
+def test_plain_lines_about_one_step_are_few() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("walk", 1)
+    shown.step("layer 0")
+    for second in range(12):
+        clock.now = 100.0 + second
+        shown.doing(f"arm {second}")
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" · ")[1] for line in lines] == [
+        "layer 0",
+        "layer 0: arm 5",
+        "layer 0: arm 10",
+    ]
+
+
+def test_warnings_are_always_told() -> None:
+    stream = io.StringIO()
+    PlainProgress(stream).warn("texts overlap")
+    assert stream.getvalue() == "warning: texts overlap\n"
+
+
+def test_bars_show_text_as_it_is() -> None:
+    stream = io.StringIO()
+    bars = rich_bars(stream)
+    bars.console.width = 200
+    with bars:
+        shown = RichProgress(bars)
+        shown.doing("before any stage")
+        shown.stage("walk", 2)
+        shown.step("layers[red].0")
+        shown.doing("trained")
+        assert bars.tasks[0].completed == 0
+        shown.step("layer 1")
+        assert bars.tasks[0].completed == 1
+        shown.warn("a [bold]name[/bold]")
+        shown.finish()
+    assert bars.tasks[0].completed == 2
+    assert bars.tasks[0].fields["text"] == ""
+    assert "warning: a [bold]name[/bold]" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
+
+
+def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with display() as shown:
+        assert isinstance(shown, PlainProgress)
+        print("chatter", file=sys.stdout)
+    assert capsys.readouterr() == ("", "chatter\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.9, "0:00"), (75.2, "1:15"), (4000, "1:06:40"), (360000, "100:00:00")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_memory_is_that_of_this_process() -> None:
+    assert re.fullmatch(r"[1-9]\d* MiB", memory())

@@ -1,0 +1,156 @@
+"""What was asked: defaults, names and roles, contradictions, and the way to disk and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmerge.errors import RecipeError
+from qmerge.options import build, options
+from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
+
+PATHS = {"base": "b", "adapter": "a", "out": "o"}
+
+
+def recipe(**flags: object) -> Recipe:
+    return build(Recipe, PATHS | flags)
+
+
+def test_defaults() -> None:
+    asked = recipe()
+    assert (asked.base, asked.adapter, asked.out) == (Path("b"), Path("a"), Path("o"))
+    assert (asked.bits, asked.group_size, asked.symmetric) == (None, None, None)
+    assert (asked.strategy, asked.act_order, asked.format) == ("dequantize", "group", None)
+    assert (asked.calibration, asked.calibration_samples) == (None, 128)
+    assert (asked.eval, asked.eval_windows, asked.sequence_length) == ((), 256, None)
+    assert asked.faults() == ()
+
+
+def test_what_is_missing_is_named_at_once() -> None:
+    with pytest.raises(RecipeError, match="missing: --base, --out"):
+        build(Recipe, {"adapter": "a"})
+
+
+def test_every_option_is_documented() -> None:
+    for each in (*options(Recipe), *options(EvaluateRecipe)):
+        assert each.help.endswith("."), each.name
+        assert each.default is not None or each.unset, f"{each.name}: what does None mean?"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], []),
+        (["texts/wiki.txt"], [("wiki", "texts/wiki.txt", "in_domain")]),
+        (
+            ["chat.jsonl:messages", "wiki=w.parquet:text"],
+            [
+                ("chat", "chat.jsonl:messages", "in_domain"),
+                ("wiki", "w.parquet:text", "general"),
+            ],
+        ),
+        (
+            ["wiki.txt", "in_domain=own.txt"],
+            [("wiki", "wiki.txt", "general"), ("in_domain", "own.txt", "in_domain")],
+        ),
+        (
+            ["general=wiki.txt", "own.txt"],
+            [("general", "wiki.txt", "general"), ("own", "own.txt", "in_domain")],
+        ),
+        (["general=wiki.txt"], [("general", "wiki.txt", "general")]),
+        (["pydoc-eval"], [("pydoc-eval", "pydoc-eval", "in_domain")]),
+        (
+            ["hub:Org/wikitext@main/raw/test:text", "dir/a=b.txt"],
+            [
+                ("wikitext", "hub:Org/wikitext@main/raw/test:text", "in_domain"),
+                ("a=b", "dir/a=b.txt", "general"),
+            ],
+        ),
+    ],
+)
+def test_names_and_roles_of_evaluation_texts(
+    given: list[str], expected: list[tuple[str, str, str]]
+) -> None:
+    texts = recipe(eval=given).eval_texts()
+    assert [(text.name, text.spec, text.role) for text in texts] == expected
+
+
+def test_equal_names_are_a_fault() -> None:
+    (fault,) = recipe(eval=["a/text.txt", "b/text.txt"]).faults()
+    assert fault.where == "--eval"
+    assert "'text'" in fault.message
+    assert "NAME=" in (fault.hint or "")
+
+
+def test_substitute_without_an_original_is_a_fault() -> None:
+    (fault,) = recipe(strategy="substitute").faults()
+    assert fault.where == "--strategy"
+    assert "--original" in (fault.hint or "")
+    assert recipe(strategy="substitute", original="16").faults() == ()
+    assert recipe(strategy="auto").faults() == ()
+
+
+def test_all_contradictions_are_listed_together() -> None:
+    assert len(recipe(strategy="substitute", eval=["t.txt", "t.txt"]).faults()) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("models/base", Contestant(name="base", folder=Path("models/base"), adapter=None)),
+        ("m/base/", Contestant(name="base", folder=Path("m/base"), adapter=None)),
+        (
+            "m/base+out/ada",
+            Contestant(name="base+ada", folder=Path("m/base"), adapter=Path("out/ada")),
+        ),
+        ("tuned=m/b+a", Contestant(name="tuned", folder=Path("m/b"), adapter=Path("a"))),
+        ("c+", Contestant(name="c+", folder=Path("c+"), adapter=None)),
+    ],
+)
+def test_contestants(spec: str, expected: Contestant) -> None:
+    assert EvaluateRecipe(models=(spec,)).contestants() == (expected,)
+
+
+def test_evaluate_wants_distinct_names_and_a_reference_among_them() -> None:
+    asked = EvaluateRecipe(models=("x/base", "y/base"), reference="trained")
+    assert [fault.where for fault in asked.faults()] == ["checkpoints", "--reference"]
+
+
+def test_the_file_makes_the_same_recipe_again(tmp_path: Path) -> None:
+    asked = recipe(
+        original="16",
+        symmetric=False,
+        bits=8,
+        eval=["a=x.txt", "y.txt"],
+        memory="2GiB",
+        damping=0.1,
+    )
+    file = tmp_path / "qmerge_recipe.yaml"
+    file.write_text(asked.to_yaml(), encoding="utf-8")
+    assert build(Recipe, {}, file=file) == asked
+    assert build(Recipe, {"out": "new"}, file=file) == replace(asked, out=Path("new"))
+
+
+def test_how_to_run_is_not_part_of_the_file() -> None:
+    assert recipe(restart=True).to_yaml() == recipe().to_yaml()
+
+
+@settings(max_examples=30)  # YAML is slow
+@given(
+    base=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1)
+    .filter(str.strip)
+    .filter(lambda text: not text.startswith("~")),
+    seed=st.integers(0, 2**40),
+    damping=st.floats(1e-9, 0.999),
+)
+def test_any_recipe_survives_the_way_to_disk(
+    tmp_path_factory: pytest.TempPathFactory, base: str, seed: int, damping: float
+) -> None:
+    asked = recipe(base=base, seed=seed, damping=damping)
+    file = tmp_path_factory.getbasetemp() / "again.yaml"
+    file.write_text(asked.to_yaml(), encoding="utf-8")
+    assert build(Recipe, {}, file=file) == asked
