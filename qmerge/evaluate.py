@@ -16,6 +16,7 @@ from qmerge import __version__
 from qmerge.adapters import Injection, inject, open_adapter
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, PlanError
+from qmerge.job import Faults, pick_device
 from qmerge.measure import score_arms
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import fill, move
@@ -24,21 +25,19 @@ from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import Unit
-from qmerge.plan import (
-    EVALUATION_TOKENS,
-    Faults,
-    evaluation_texts,
-    load_tokenizer,
-    pick_device,
-    tokenizer_home,
-    window_length,
-)
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
 from qmerge.recipe import Contestant, EvaluateRecipe
 from qmerge.results import Corpora, InputRecord, RunResult
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
+from qmerge.texts import (
+    EVALUATION_TOKENS,
+    evaluation_texts,
+    load_tokenizer,
+    tokenizer_home,
+    window_length,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from qmerge.model.opening import open_model
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import Unit, join
-from qmerge.plan import tokenizer_home
 from qmerge.progress import Progress, Silent
 from qmerge.release import side_files_of
 from qmerge.stages.merge import live_layer, merge_layer, merge_outer
@@ -31,6 +30,7 @@ from qmerge.storage.shards import (
     write_json,
     write_shard,
 )
+from qmerge.texts import tokenizer_home
 from qmerge.workspace import partial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

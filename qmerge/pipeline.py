@@ -12,9 +12,11 @@ import torch
 from qmerge import __version__
 from qmerge.corpus import overlap
 from qmerge.errors import StorageError
+from qmerge.estimate import disk_bytes
+from qmerge.job import Job
 from qmerge.measure import paired_estimate, pool_survival, score_arms, worst_windows
 from qmerge.options import options
-from qmerge.plan import Job, disk_bytes, load_tokenizer, make_plan
+from qmerge.plan import make_plan
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
 from qmerge.recipe import Recipe
@@ -37,6 +39,7 @@ from qmerge.results import (
 )
 from qmerge.stages.evaluate import Scored
 from qmerge.storage.shards import write_index
+from qmerge.texts import load_tokenizer
 from qmerge.walk import REFERENCE, Walk, merged_arm, release_arm
 from qmerge.workspace import Workspace, disk_free
 

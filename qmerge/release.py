@@ -8,8 +8,8 @@ from typing import Any
 
 from qmerge import __version__
 from qmerge.formats.writing import quantization_config
+from qmerge.job import Job
 from qmerge.names import WEIGHT, module_of
-from qmerge.plan import Job
 from qmerge.provenance import CARD
 from qmerge.report import render_card, render_json
 from qmerge.results import RunResult

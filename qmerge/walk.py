@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from qmerge.formats.writing import pack
+from qmerge.job import Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, move
@@ -25,7 +26,6 @@ from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, Unit, join, module_of
-from qmerge.plan import Job, arm_names
 from qmerge.progress import Progress
 from qmerge.results import LayerResult, LinearResult, decode, encode
 from qmerge.stages.evaluate import Scored, advance, key_of, score

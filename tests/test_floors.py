@@ -35,7 +35,7 @@ FLOORS = (
     Floor(name="bytes", modules=("storage",)),
     Floor(name="tensors", modules=("formats", "adapters", "gptq", "measure")),
     Floor(name="models", modules=("corpus", "model")),
-    Floor(name="intent", modules=("plan",)),
+    Floor(name="intent", modules=("job", "texts", "estimate", "plan"), ladder=True),
     Floor(name="work", modules=("stages",)),
     Floor(name="telling", modules=("report",), sees=("words",)),
     Floor(
@@ -89,7 +89,7 @@ FILES = {
     "model": ("skeleton", "layer", "frame", "weights", "opening", "streams"),
     "stages": ("evaluate", "merge", "requantize"),
     "report": ("words", "text", "json", "markdown", "plots", "html", "card", "plan"),
-    "cli": ("options", "progress", "run", "plan", "inspect", "evaluate", "demo"),
+    "cli": ("options", "progress", "export", "dequantize", "merge", "run", "plan", "inspect", "evaluate", "demo"),
 }
 
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor.modules}

@@ -19,7 +19,7 @@ from qmerge import __version__
 from qmerge.errors import Fault, PlanError, QmergeError
 
 # Each is a module qmerge.cli.NAME with a click command called `command`.
-COMMANDS = ("run", "plan", "inspect", "evaluate", "demo")
+COMMANDS = ("run", "plan", "inspect", "evaluate", "dequantize", "merge", "demo")
 
 INTERRUPTED = 130
 INTERNAL = 3

@@ -79,7 +79,7 @@ class Frame:
                 raise _Recorded
             return self._as_layer_returns(hidden, calls[0])
 
-        used, compact_WS = tokens_WS.unique(return_inverse=True)
+        used, compact_WS = torch.unique(tokens_WS, return_inverse=True)
         self._embedding.weight = nn.Parameter(
             self._gather(self._embedding_name, used), requires_grad=False
         )
@@ -196,7 +196,7 @@ def _decoder_output(hidden: Hidden) -> Any:
     """What a decoder returns, with nothing in it but the last hidden states."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    class Bare(BaseModelOutputWithPast):
+    class Bare(BaseModelOutputWithPast):  # type: ignore[misc]
         def __getattr__(self, name: str) -> None:
             # Router logits, cross attentions and such: not asked for, so absent.
             if name.startswith("__"):

@@ -165,7 +165,8 @@ def _find_layers(model: nn.Module, count: int) -> str:
             f"{type(model).__name__} has no list of {count} decoder layers",
             hint="qmerge walks models made of one list of decoder layers",
         )
-    return max(lists)[1]
+    name: str = max(lists)[1]
+    return name
 
 
 def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:

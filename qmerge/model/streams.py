@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class Streams:
     def _read(self, key: str, generation: int, start: int, stop: int) -> torch.Tensor:
         stream = self._streams[key]
         hidden = torch.empty(stop - start, stream.length, stream.width)
-        view = memoryview(hidden.numpy()).cast("B")
+        view = _bytes_of(hidden)
         path = self._path(key, generation)
         with path.open("rb") as file:
             file.seek(4 * start * stream.length * stream.width)
@@ -79,7 +80,7 @@ class Streams:
         """Add windows, in order, to the generation that is being written."""
         path = self._path(key, self.generation ^ 1)
         begin = key not in self._written
-        data = memoryview(hidden_WSH.float().contiguous().cpu().numpy()).cast("B")
+        data = _bytes_of(hidden_WSH.float().contiguous().cpu())
         with path.open("wb" if begin else "ab") as file:
             file.write(data)
         self._digests.setdefault(key, hashlib.sha256()).update(data)
@@ -121,6 +122,11 @@ class Streams:
 
     def _path(self, key: str, generation: int) -> Path:
         return self.folder / f"{self._numbers[key]:03}.{generation}.f32"
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
 
 
 def batches(windows: int, at_once: int) -> Iterator[tuple[int, int]]:

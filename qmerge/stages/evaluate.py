@@ -82,8 +82,8 @@ def score(
                 for arm, frame in frames.items()
             }
             targets = corpus.tokens[start:stop, 1:].reshape(-1)
-            for arm, stats in _score_rows(frames, rows, targets, reference).items():
-                parts[arm].append(stats)
+            for arm, part in _score_rows(frames, rows, targets, reference).items():
+                parts[arm].append(part)
         stats = {arm: join(own, length - 1) for arm, own in parts.items()}
         found.append(Scored(corpus=corpus, stats=stats))
     return tuple(found)

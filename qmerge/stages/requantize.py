@@ -17,9 +17,9 @@ from torch import nn
 
 from qmerge.formats.base import IntegerWeight
 from qmerge.gptq import Factor, Hessian, Solution, factor, solve
+from qmerge.job import Settings
 from qmerge.measure.survival import linear_survival, relative_error
 from qmerge.model.layer import Call, Hidden, before_linears, run, sibling_groups
-from qmerge.plan import Settings
 from qmerge.results import LinearResult, Survival
 
 ReadWindows = Callable[[int, int], Hidden]

@@ -27,7 +27,7 @@ SMALL = {
 HEAD = {"head_dim": 16}
 MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 GPT = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads",)}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": SMALL,
     "Mistral": {**SMALL, "sliding_window": 5},
     "Qwen2": {**SMALL, "tie_word_embeddings": True},
@@ -138,7 +138,7 @@ def test_a_weight_changed_before_its_linear_runs_is_the_one_that_runs() -> None:
     down = layer.get_submodule("mlp.down_proj")
 
     def silence(_name: str, _inputs: torch.Tensor) -> None:
-        down.weight = torch.nn.Parameter(torch.zeros_like(down.weight), requires_grad=False)
+        down.weight = torch.nn.Parameter(torch.zeros(64, 96), requires_grad=False)
 
     full = run(layer, hidden, calls[0])
     with before_linears(layer, {"mlp.down_proj": down}, silence):

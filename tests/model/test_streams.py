@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,11 @@ def test_half_a_generation_is_forgotten_by_a_new_process(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-4], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
-def test_damage_is_named(tmp_path: Path, damage: object) -> None:
+def test_damage_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     streams = Streams(tmp_path, SHAPE)
     digests = write(streams, torch.randn(5, 3, 4))
     streams.turn()
     (file,) = tmp_path.iterdir()
-    file.write_bytes(damage(file.read_bytes()))  # type: ignore[operator]
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(StorageError, match=file.name):
         streams.check(digests)

@@ -1,0 +1,57 @@
+"""What the commands with a dense result share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from qmerge.cli.options import Flag
+from qmerge.cli.progress import display
+
+F = TypeVar("F", bound=Callable[..., Any])
+Dtype = Literal["float32", "bfloat16", "float16"] | None
+
+
+def dtype_option(command: F) -> F:
+    """--dtype: what the dense weights are rounded to."""
+    return click.option(
+        "--dtype",
+        cls=Flag,
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Dtype of the weights.  [default: the model's own 16-bit dtype]",
+    )(command)
+
+
+def remote_code_option(command: F) -> F:
+    """--trust-remote-code, as in every command that builds a model."""
+    return click.option(
+        "--trust-remote-code",
+        cls=Flag,
+        is_flag=True,
+        help="Run model code that comes with the checkpoint.  [default: off]",
+    )(command)
+
+
+def write_dense(
+    base: Path, adapter: Path | None, out: Path, dtype: Dtype, trust: bool, as_json: bool
+) -> None:
+    """Export with progress on stderr, and say on stdout what was written."""
+    with display() as progress:
+        from qmerge.export import export
+
+        written = export(
+            base, out, adapter=adapter, dtype=dtype, trust_remote_code=trust, progress=progress
+        )
+    if as_json:
+        click.echo(json.dumps(written, indent=2))
+        return
+    from qmerge.report.words import size
+
+    click.echo(
+        f"{written['out']}: {written['tensors']} tensors of {written['format']} as "
+        f"{written['dtype']}, {len(written['merged'])} merged, {size(written['bytes'])}"
+    )

@@ -1,0 +1,97 @@
+"""A recipe that can be carried out: everything opened, every setting decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qmerge.adapters import Injection
+from qmerge.corpus import Corpus
+from qmerge.errors import Fault, ModelError, PlanError, QmergeError
+from qmerge.formats.writing import OutputFormat
+from qmerge.gptq import GridSpec
+from qmerge.model.skeleton import Skeleton
+from qmerge.model.weights import Weights
+from qmerge.names import Unit, module_of, under
+from qmerge.recipe import ActOrder, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How linears are quantized: the same for all siblings that share an input."""
+
+    spec: GridSpec
+    order: ActOrder
+    damping: float
+    format: OutputFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe that can be carried out, with everything opened that it needs."""
+
+    recipe: Recipe
+    skeleton: Skeleton
+    base: Weights
+    original: Weights | None
+    injection: Injection
+    tokenizer_folder: Path
+    calibration: Corpus
+    evaluation: tuple[Corpus, ...]
+    settings: Settings
+    strategies: tuple[str, ...]
+    targets: frozenset[str]
+    """Modules that are quantized, by parameter name without `.weight`."""
+    calibration_at_once: int
+    evaluation_at_once: int
+    device: torch.device
+    notes: tuple[str, ...]
+
+    def targets_of(self, unit: Unit) -> tuple[str, ...]:
+        """Modules of one unit that are quantized, relative to its path."""
+        return tuple(
+            module_of(name)
+            for parameter in unit.parameters
+            if module_of(parameter) in self.targets
+            and parameter.endswith(".weight")
+            and (name := under(parameter, unit.path)) is not None
+        )
+
+
+def arm_names(job: Job) -> tuple[str, ...]:
+    """The arms that stream through the walk, in the order in which they are told."""
+    originals = ("original",) if job.original is not None else ()
+    made = [name for s in job.strategies for name in (f"merged@{s}", f"release@{s}")]
+    return (*originals, "quantized_base", "trained", *made)
+
+
+class Faults:
+    """Collects what is wrong, so that one look shows all of it."""
+
+    def __init__(self) -> None:
+        self.found: list[Fault] = []
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        try:
+            yield
+        except PlanError as error:
+            self.found += error.faults
+        except QmergeError as error:
+            self.found.append(Fault(where=where, message=error.message, hint=error.hint))
+
+
+def pick_device(asked: str) -> torch.device:
+    """`--device`; `auto` is the first CUDA device where there is one."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(asked)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"--device {asked}: this machine has no such device", hint="use --device cpu"
+        )
+    return device

@@ -1,0 +1,71 @@
+"""The texts of a job: which tokenizer, how long a window, and the corpora cut by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qmerge.corpus import Corpus, load_corpus
+from qmerge.errors import CorpusError
+from qmerge.job import Faults
+from qmerge.model.skeleton import Skeleton, first_line, text_config
+from qmerge.recipe import EvalText, Scoring
+
+LONGEST_WINDOW = 2048
+OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+EVALUATION_TOKENS = 4096
+"""Tokens of an evaluation text that go through a layer at once."""
+
+
+def tokenizer_home(base: Path, adapter: Path | None) -> Path:
+    """The adapter's folder where training saved its own tokenizer there, else the base's."""
+    own = adapter is not None and any((adapter / name).is_file() for name in TOKENIZER_FILES)
+    return adapter if adapter is not None and own else base
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder; `CorpusError` where transformers cannot make one of it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise CorpusError(
+            f"{folder}: transformers cannot open the tokenizer: {first_line(error)}",
+            hint="the folder needs the tokenizer files that came with the model",
+        ) from error
+
+
+def window_length(asked: int | None, skeleton: Skeleton) -> int:
+    """`--sequence-length`: at most what the model has positions for."""
+    limit = getattr(text_config(skeleton.model.config), "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    if asked is not None and limit is not None and asked > limit:
+        raise CorpusError(
+            f"--sequence-length {asked} is longer than the model's {limit} positions",
+            hint=f"use at most {limit}",
+        )
+    return asked or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
+
+
+def evaluation_texts(
+    scoring: Scoring, tokenizer: Any, length: int, faults: Faults, seed: int = 0
+) -> tuple[Corpus, ...]:
+    """The evaluation corpora, one fault for each that cannot be had."""
+    windows = None if scoring.eval_windows == "all" else scoring.eval_windows
+    found = []
+    for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
+        with faults.at(f"--eval {text.spec}"):
+            found.append(
+                load_corpus(
+                    text.spec,
+                    tokenizer,
+                    sequence_length=length,
+                    windows=windows,
+                    name=text.name,
+                    role=text.role,
+                    seed=seed,
+                )
+            )
+    return tuple(found)
