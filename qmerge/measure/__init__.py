@@ -1,0 +1,27 @@
+"""What quantizing cost: pure functions on tensors, from logits to `qmerge.results` records."""
+
+from __future__ import annotations
+
+from qmerge.measure.gate import Limits, check_limits, parse_limit
+from qmerge.measure.pairing import compare_results, pair
+from qmerge.measure.statistics import paired_estimate, score_arms
+from qmerge.measure.survival import linear_survival, pool_survival, relative_error
+from qmerge.measure.tokens import TokenAccumulator, TokenStats, join
+from qmerge.measure.worst import worst_windows
+
+__all__ = [
+    "Limits",
+    "TokenAccumulator",
+    "TokenStats",
+    "check_limits",
+    "compare_results",
+    "join",
+    "linear_survival",
+    "pair",
+    "paired_estimate",
+    "parse_limit",
+    "pool_survival",
+    "relative_error",
+    "score_arms",
+    "worst_windows",
+]

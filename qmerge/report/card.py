@@ -1,0 +1,170 @@
+"""The release's README.md: front matter that the hub reads, then what a user needs to know."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from qmerge.report.markdown import escape, grid, summary
+from qmerge.report.words import findings, size, verdict
+from qmerge.results import RunResult
+
+# The hub's own identifier: organisation and name; anything else is a folder on somebody's disk.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+\Z")
+HUB_SOURCE = re.compile(r"hub:([\w.-]+/[\w.-]+?)(?:[@/:]|\Z)")
+
+
+def render(result: RunResult, *, name: str = "release") -> str:
+    """The card of a release; `name` is what the folder is called, for title and commands."""
+    blocks = [
+        f"---\n{yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True)}---",
+        f"# {escape(name)}",
+        _origin(result),
+        f"**{escape(verdict(result).sentence)}**",
+        "\n".join(f"- {escape(line)}" for line in findings(result)),
+        "## What it costs",
+        _arms_legend(result),
+        summary(result),
+        "## Use",
+        _use(result, name),
+        "## How it was made",
+        _made(result),
+        "## Make it again",
+        _again(),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def front_matter(result: RunResult) -> dict[str, Any]:
+    """Keys of the hub's model cards; a key whose value is not known is left out."""
+    roles = ("original", "base", "adapter")
+    records = [(role, result.inputs[role]) for role in roles if role in result.inputs]
+    named = [(role, r.model) for role, r in records if r.model and HUB_NAME.match(r.model)]
+    bases = [model for role, model in named if role != "adapter"]
+    found: dict[str, Any] = {}
+    if bases:
+        found["base_model"] = bases[0]
+        found["base_model_relation"] = "quantized"
+    licenses = [record.license for role, record in records if record.license and role != "adapter"]
+    if licenses:
+        found["license"] = licenses[0]
+    found["library_name"] = "transformers"
+    found["tags"] = _tags(result)
+    sets = [text.source for text in [result.corpora.calibration] if text is not None]
+    hub = [match[1] for source in sets if (match := HUB_SOURCE.match(source))]
+    if hub:
+        found["datasets"] = hub
+    return found
+
+
+def _setting(result: RunResult, key: str) -> Any:
+    """What the release is: its own record first, else what was asked for."""
+    details = result.release.details if result.release is not None else {}
+    return details.get(key, result.recipe.get(key))
+
+
+def _tags(result: RunResult) -> list[str]:
+    bits = _setting(result, "bits")
+    form = str(_setting(result, "format") or "gptq")
+    tags = ["qmerge", "gptq", form if form not in ("gptq", "gptq_v2") else "", "qlora"]
+    return [tag for tag in [*tags, f"{bits}-bit" if bits else ""] if tag]
+
+
+def _origin(result: RunResult) -> str:
+    base, adapter = _called(result, "base"), _called(result, "adapter")
+    if not base:
+        return ""
+    merged = f"{base} with the adapter {adapter}" if adapter else base
+    bits = _setting(result, "bits")
+    what = f"{bits}-bit weights" if bits else "quantized weights"
+    group = _setting(result, "group_size")
+    detail = f", group size {group}" if group and group != -1 else ""
+    return (
+        f"{merged}, merged and quantized with GPTQ to {what}{detail} by qmerge"
+        f" {escape(result.qmerge_version)}."
+    )
+
+
+def _called(result: RunResult, role: str) -> str:
+    """A hub name, or a folder's last part: a card travels, the disk it was made on does not."""
+    record = result.inputs.get(role)
+    if record is None:
+        return ""
+    name = record.model if record.model and HUB_NAME.match(record.model) else ""
+    return f"`{name or PurePath(record.path).name}`".replace("\n", " ")
+
+
+def _arms_legend(result: RunResult) -> str:
+    if "trained" not in result.arms:
+        return ""
+    return (
+        "`trained` is the quantized base with the adapter live on top, as it was trained and"
+        " validated: change, KL and agreement are against it. `merged` is the merged model before"
+        " it was quantized, `release` is this folder decoded from its packed codes. Errors are"
+        " standard errors over windows, paired for the change."
+    )
+
+
+def _use(result: RunResult, name: str) -> str:
+    compressed = _setting(result, "format") == "compressed-tensors"
+    packages = "compressed-tensors" if compressed else "gptqmodel optimum"
+    quoted = re.sub(r"[^\w./-]", "", name)
+    code = (
+        "```python\n"
+        f"# pip install transformers accelerate {packages}\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{quoted}", device_map="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{quoted}")\n'
+        "```"
+    )
+    refused = _refused_by_vllm(result)
+    if refused:
+        return f"{code}\n\nvLLM does not load it: {refused}."
+    return f"{code}\n\n```sh\n# vLLM\nvllm serve {quoted}\n```"
+
+
+def _refused_by_vllm(result: RunResult) -> str:
+    """vLLM's GPTQ loader takes symmetric 4 or 8 bits in the first checkpoint format only."""
+    if _setting(result, "format") == "compressed-tensors":
+        return ""
+    reasons = []
+    if _setting(result, "bits") in (2, 3):
+        reasons.append(f"its GPTQ kernels have no {_setting(result, 'bits')} bits")
+    if _setting(result, "symmetric") is False:
+        reasons.append("its GPTQ kernels are symmetric only (use `--format compressed-tensors`)")
+    if _setting(result, "format") == "gptq_v2":
+        reasons.append("it reads zero points as `gptq` stores them, not as `gptq_v2` does")
+    return "; ".join(reasons)
+
+
+def _made(result: RunResult) -> str:
+    body = []
+    for role, record in result.inputs.items():
+        shown = size(record.bytes) if record.bytes else ""
+        body.append(
+            [role, PurePath(record.path).name, record.format or "", shown, _hash(record.files)]
+        )
+    text = result.corpora.calibration
+    if text is not None:
+        shown = f"{text.windows} × {text.sequence_length} tokens"
+        body.append(["calibration", PurePath(text.source).name, "", shown, text.sha256[:16]])
+    if not body:
+        return "See `qmerge_report.json`."
+    return grid(["input", "name", "format", "size", "sha256"], body)
+
+
+def _hash(files: Any) -> str:
+    weights = [digest for file, digest in files.items() if str(file).endswith(".safetensors")]
+    return str(weights[0])[:16] if weights else ""
+
+
+def _again() -> str:
+    return (
+        "`qmerge_recipe.yaml` in this folder holds every setting, `qmerge_report.json` all figures"
+        " and the hashes of what went in.\n\n"
+        "```sh\npip install qmerge\nqmerge run qmerge_recipe.yaml --out again\n"
+        "qmerge compare . again\n```"
+    )

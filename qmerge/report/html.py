@@ -1,0 +1,282 @@
+"""report.html: one file, no network, no script; light and dark, phone and paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qmerge.report import plots
+from qmerge.report.words import (
+    COLUMNS,
+    Row,
+    change_cell,
+    corpora,
+    duration,
+    findings,
+    heading,
+    kl_figure,
+    previous_lines,
+    printable,
+    rows,
+    share_cell,
+    size,
+    subject_score,
+    survival_phrase,
+    verdict,
+)
+from qmerge.results import Piece, RunResult, WorstWindow
+
+# Per cent of colour behind the token that suffered most: text on it is still readable.
+STRONGEST = 70
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A plot with what it shows; `svg` is ours and is not escaped again."""
+
+    title: str
+    caption: str
+    svg: Markup
+    wide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One of the figures under the verdict."""
+
+    name: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The arms on one corpus."""
+
+    title: str
+    rows: list[Row]
+
+
+class Passage(NamedTuple):
+    """A worst window with the strength of each piece's mark in per cent."""
+
+    corpus: str
+    window: WorstWindow
+    pieces: list[tuple[Piece, int]]
+
+
+def render(result: RunResult) -> str:
+    """The page. Everything that comes from models, paths and texts is escaped by the template."""
+    environment = Environment(
+        loader=PackageLoader("qmerge", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(size=size, duration=duration)
+    known = result.corpora.evaluation
+    page = environment.get_template("page.html.j2")
+    text = page.render(
+        result=result,
+        name=_name(result),
+        origin=_origin(result),
+        verdict=verdict(result),
+        tiles=_tiles(result),
+        findings=[*findings(result), *previous_lines(result)],
+        columns=COLUMNS,
+        tables=[
+            Table(title=heading(c, known.get(c)), rows=rows(result, c)) for c in corpora(result)
+        ],
+        survival=survival_phrase(result.survival) if result.survival else "",
+        pictures=_pictures(result),
+        passages=_worst(result),
+        scale=_scale(result),
+        recipe=yaml.safe_dump(_plain(result.recipe), sort_keys=False, allow_unicode=True),
+        folders={**result.inputs, **({"release": result.release} if result.release else {})},
+        texts=_texts(result),
+    )
+    return printable(text)
+
+
+def _name(result: RunResult) -> str:
+    path = result.release.path if result.release is not None else ""
+    return PurePath(path).name or "evaluation"
+
+
+def _origin(result: RunResult) -> str:
+    """ "base + adapter · dequantize · gptq", as far as it is known."""
+    folders = [result.inputs[role] for role in ("base", "adapter") if role in result.inputs]
+    parts = [" + ".join(record.model or PurePath(record.path).name for record in folders)]
+    if result.strategy is not None:
+        parts.append(result.strategy.chosen)
+    if result.release is not None and result.release.format:
+        parts.append(result.release.format)
+    return " · ".join(part for part in parts if part)
+
+
+def _tiles(result: RunResult) -> list[Tile]:
+    names = corpora(result)
+    score = subject_score(result, names[0]) if names else None
+    if score is None or score.change is None or score.kl is None:
+        return []
+    interval = score.change.ci95
+    span = "one window: no interval"
+    if interval is not None:
+        low, high = (100 * (bound - 1) for bound in interval)
+        span = f"95% interval {low:+.2f} to {high:+.2f}%"
+    floor = result.noise_floor.get(names[0])
+    beside = f"99th percentile {score.kl.p99:.3g}"
+    if floor is not None and floor.kl is not None:
+        beside += f", 16-bit noise {floor.kl.mean:.2g}"
+    tiles = [
+        Tile(name="Perplexity", value=change_cell(score.change).value + "%", detail=span),
+        Tile(name="KL, nats per token", value=kl_figure(score), detail=beside),
+    ]
+    if score.same_top is not None:
+        rms = score.probability_change
+        moved = f"right token's probability moves by {100 * rms.rms:.2f}% rms" if rms else ""
+        shown = share_cell(score.same_top).value
+        tiles.append(Tile(name="Same top token", value=f"{shown}%", detail=moved))
+    if result.survival is not None and result.survival.survival is not None:
+        noise = "" if result.survival.noise is None else f"noise {result.survival.noise:.3g}"
+        kept = f"{result.survival.survival:.3f}"
+        tiles.append(Tile(name="Adapter survival", value=kept, detail=f"1 is whole; {noise}"))
+    return tiles
+
+
+def _pictures(result: RunResult) -> list[Picture]:
+    found = [_perplexity(result, corpus) for corpus in corpora(result)]
+    windows = any(plots.changes_by_window(result, corpus) for corpus in corpora(result))
+    if windows:
+        found.append(_histogram(result))
+    if any(s.kl_by_confidence for s in result.arms.get(result.subject or "", {}).values()):
+        found.append(_confidence(result))
+    if any(layer.drift or layer.kl is not None for layer in result.layers):
+        # A plot that would stand alone in its line takes the whole of it.
+        found.append(_depth(result, wide=len(found) % 2 == 0))
+    return found + _maps(result)
+
+
+def _perplexity(result: RunResult, corpus: str) -> Picture:
+    arms = sum(corpus in scores for scores in result.arms.values())
+    svg = plots.picture(f"ppl-{corpus}", 0.9 + 0.34 * arms, plots.perplexities(result, corpus))
+    paired = (
+        " To the right the change on the same windows: pairing removes what all arms share, so its"
+        " error is the smaller one; arms far beyond are named at the edge."
+        if result.reference
+        else ""
+    )
+    caption = f"Left, perplexity with its standard error over windows.{paired}"
+    return Picture(title=f"Perplexity on {corpus}", caption=caption, svg=Markup(svg))
+
+
+def _histogram(result: RunResult) -> Picture:
+    return Picture(
+        title="Change by window",
+        caption=(
+            f"Each window's perplexity, {result.subject} against {result.reference}; the outermost"
+            " bars take in what lies beyond. A long right tail means that some texts are hurt."
+        ),
+        svg=Markup(plots.picture("windows", 2.9, plots.window_changes(result))),
+    )
+
+
+def _confidence(result: RunResult) -> Picture:
+    return Picture(
+        title="KL by token confidence",
+        caption=(
+            f"Mean KL({result.reference} ‖ {result.subject}) of tokens by how sure"
+            f" {result.reference} is. Loss on sure tokens is the kind that users see."
+        ),
+        svg=Markup(plots.picture("confidence", 3.4, plots.confidence(result))),
+    )
+
+
+def _depth(result: RunResult, *, wide: bool) -> Picture:
+    measured = any(layer.kl is not None for layer in result.layers)
+    title = "KL by layer depth" if measured else "Drift by layer depth"
+    caption = (
+        f"KL from {result.reference} when only this layer is the {result.subject}'s."
+        if measured
+        else f"Root mean square distance of hidden states behind each layer from those of"
+        f" {result.reference}, relative to their size. A jump points at a layer."
+    )
+    width = 2 * plots.WIDTH if wide else plots.WIDTH
+    svg = plots.picture("depth", 2.9, plots.depth(result), width)
+    return Picture(title=title, caption=caption, svg=Markup(svg), wide=wide)
+
+
+def _maps(result: RunResult) -> list[Picture]:
+    found = []
+    linears = [linear for layer in result.layers for linear in layer.linears]
+    if any(x.survival and x.survival.survival is not None for x in linears):
+        width, height, draw = plots.survival_map(result)
+        caption = (
+            "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
+            " adapter changes nothing."
+        )
+        svg = Markup(plots.picture("survival", height, draw, width))
+        found.append(
+            Picture(title="Adapter survival", caption=caption, svg=svg, wide=width > plots.WIDTH)
+        )
+    if any(x.error is not None for x in linears):
+        width, height, draw = plots.error_map(result)
+        caption = (
+            "Relative output error of each linear on the calibration text, over the median of the"
+            " same projection in all layers. Far above 1 is a layer that hurts."
+        )
+        svg = Markup(plots.picture("error", height, draw, width))
+        found.append(
+            Picture(title="Quantization error", caption=caption, svg=svg, wide=width > plots.WIDTH)
+        )
+    return found
+
+
+def _worst(result: RunResult) -> list[Passage]:
+    darkest = _darkest(result)
+    return [
+        Passage(corpus, window, [(p, _strength(p.kl, darkest)) for p in window.pieces])
+        for corpus, found in result.worst.items()
+        for window in found
+    ]
+
+
+def _scale(result: RunResult) -> list[tuple[int, float]]:
+    """Strengths of marks and the KL that each stands for."""
+    darkest = _darkest(result)
+    return [(mark, darkest * (mark / STRONGEST) ** 2) for mark in (15, 40, STRONGEST)]
+
+
+def _darkest(result: RunResult) -> float:
+    windows = [window for found in result.worst.values() for window in found]
+    found = [piece.kl for window in windows for piece in window.pieces if piece.kl is not None]
+    return max((kl for kl in found if math.isfinite(kl)), default=0.0)
+
+
+def _strength(kl: float | None, darkest: float) -> int:
+    """The mark of a token in per cent; the root leaves smaller losses visible beside large."""
+    if kl is None or not kl > 0 or not darkest > 0:
+        return 0
+    return round(STRONGEST * math.sqrt(min(1.0, kl / darkest)))
+
+
+def _texts(result: RunResult) -> list[Any]:
+    first = [result.corpora.calibration] if result.corpora.calibration is not None else []
+    return [*first, *result.corpora.evaluation.values()]
+
+
+def _plain(value: Any) -> Any:
+    """Paths and tuples of a recipe as YAML's own types; unset options say nothing."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool) else str(value)

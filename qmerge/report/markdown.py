@@ -1,0 +1,137 @@
+"""The report as markdown, for the model card, a job summary or a pull request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from qmerge.report.words import (
+    COLUMNS,
+    corpora,
+    duration,
+    findings,
+    gate_lines,
+    heading,
+    previous_lines,
+    printable,
+    rows,
+    size,
+    survival_phrase,
+    verdict,
+)
+from qmerge.results import RunResult
+
+FIGURE = re.compile(
+    r"([+-]?[\d.]+( [±×] [\d.]+)?( tokens|%)?|[\d.]+ ([KMGT]iB|B|s)|[\d hmins]+|–|not finite)?\Z"
+)
+
+
+def render(result: RunResult) -> str:
+    """Verdict, tables, survival, corpora, inputs, versions, times: the whole report."""
+    blocks = ["# qmerge report", _bold(verdict(result).sentence)]
+    blocks.append("\n".join(f"- {escape(line)}" for line in findings(result)))
+    blocks.append(summary(result))
+    blocks.append(_texts(result))
+    blocks.append(_inputs(result))
+    blocks.append(_costs(result))
+    if result.warnings:
+        lines = [f"- {escape(line)}" for line in result.warnings]
+        blocks.append("\n".join(["## Warnings", "", *lines]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def summary(result: RunResult) -> str:
+    """The arms' tables with survival, strategy and gate: what the card shows too."""
+    blocks = []
+    for corpus in corpora(result):
+        title = heading(corpus, result.corpora.evaluation.get(corpus))
+        body = [
+            [row.label, *(str(cell) for cell in row.cells), row.note]
+            for row in rows(result, corpus)
+        ]
+        blocks.append(f"### {escape(title)}\n\n" + grid(["", *COLUMNS, ""], body))
+    if result.survival is not None:
+        blocks.append(f"Adapter: {escape(survival_phrase(result.survival))}.")
+    if result.strategy is not None:
+        blocks.append(f"Strategy: {escape(result.strategy.chosen)}, {escape(result.strategy.why)}")
+    lines = [*(f"Gate: {line}" for line in gate_lines(result)), *previous_lines(result)]
+    if lines:
+        blocks.append("\n".join(f"- {escape(line)}" for line in lines))
+    return "\n\n".join(blocks)
+
+
+def grid(head: list[str], body: list[list[str]]) -> str:
+    """A table; columns that are empty throughout are left out, figures stand to the right."""
+    columns = [
+        (title, [row[i] for row in body])
+        for i, title in enumerate(head)
+        if i == 0 or any(row[i] not in ("", "–") for row in body)
+    ]
+    right = [
+        i > 0 and all(FIGURE.match(cell) for cell in cells) for i, (_, cells) in enumerate(columns)
+    ]
+    lines = [_row(title for title, _ in columns)]
+    lines.append(_row("---:" if side else "---" for side in right))
+    lines += [_row(cells[i] for _, cells in columns) for i in range(len(body))]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return (
+        "| " + " | ".join(cell if set(cell) <= set("-:") else escape(cell) for cell in cells) + " |"
+    )
+
+
+def escape(text: str) -> str:
+    """Text from models, paths and corpora cannot become markup."""
+    flat = re.sub(r"\s+", " ", printable(text))
+    marked = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
+    return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _bold(text: str) -> str:
+    return f"**{escape(text)}**"
+
+
+def _texts(result: RunResult) -> str:
+    texts = list(result.corpora.evaluation.values())
+    if result.corpora.calibration is not None:
+        texts.insert(0, result.corpora.calibration)
+    if not texts:
+        return ""
+    body = [
+        [t.name, t.role, t.source, f"{t.windows} × {t.sequence_length}", t.sha256[:16]]
+        for t in texts
+    ]
+    return "## Texts\n\n" + grid(["name", "role", "source", "tokens", "sha256"], body)
+
+
+def _inputs(result: RunResult) -> str:
+    folders = dict(result.inputs)
+    if result.release is not None:
+        folders["release"] = result.release
+    if not folders:
+        return ""
+    body = []
+    for role, record in folders.items():
+        shown = size(record.bytes) if record.bytes else ""
+        body.append([role, record.path, record.format or "", shown])
+    return "## Folders\n\n" + grid(["role", "path", "format", "size"], body)
+
+
+def _costs(result: RunResult) -> str:
+    body = [
+        [stage, duration(seconds), _memory(result, stage)]
+        for stage, seconds in result.timings.items()
+    ]
+    blocks = ["## Cost\n\n" + grid(["stage", "time", "peak memory"], body)] if body else []
+    if result.peak_rss_bytes:
+        blocks.append(f"Peak memory of the process: {size(result.peak_rss_bytes)}.")
+    if result.versions:
+        named = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+        blocks.append(f"qmerge {escape(result.qmerge_version)}; {escape(named)}.")
+    return "\n\n".join(blocks)
+
+
+def _memory(result: RunResult, stage: str) -> str:
+    return size(result.memory[stage]) if stage in result.memory else ""

@@ -1,0 +1,112 @@
+"""The table of arms as plain text: what a person sees on stdout when a run is done."""
+
+from __future__ import annotations
+
+import textwrap
+
+from qmerge.report.words import (
+    COLUMNS,
+    Cell,
+    Row,
+    change_phrase,
+    corpora,
+    findings,
+    gate_lines,
+    heading,
+    previous_lines,
+    printable,
+    rows,
+    survival_phrase,
+    verdict,
+)
+from qmerge.results import Comparison, RunResult
+
+WIDTH = 100
+
+
+def render(result: RunResult) -> str:
+    """Verdict, one table per corpus, survival, warnings; no colour, lines under 100 columns
+    wherever names allow."""
+    blocks = [_wrapped(verdict(result).sentence)]
+    lines = findings(result)
+    if lines:
+        blocks.append("\n".join(_wrapped(line) for line in lines))
+    for corpus in corpora(result):
+        title = heading(corpus, result.corpora.evaluation.get(corpus))
+        blocks.append("\n".join([title, *table(rows(result, corpus))]))
+    blocks.append("\n".join(_facts(result)))
+    if result.warnings:
+        blocks.append("\n".join(_wrapped(f"warning: {line}") for line in result.warnings))
+    return printable("\n\n".join(block for block in blocks if block) + "\n")
+
+
+def render_comparison(found: Comparison) -> str:
+    """Two releases side by side: verdict, change and KL per corpus, linears that got worse."""
+    sentences = {
+        "better": "The new release is better than the old one.",
+        "worse": "The new release is worse than the old one.",
+        "same": "No difference beyond noise.",
+    }
+    lines = [sentences[found.verdict], ""]
+    for name, corpus in found.corpora.items():
+        parts = [f"  {name}: {corpus.verdict}, perplexity {change_phrase(corpus.change)}"]
+        if corpus.kl is not None:
+            error = "" if corpus.kl.stderr is None else f" ± {corpus.kl.stderr:.5f}"
+            parts.append(f"KL {corpus.kl.mean:+.5f}{error}")
+        lines.append(", ".join(parts))
+    old, new = found.survival
+    if old is not None and new is not None:
+        lines.append(f"  adapter survival: {old:.3f} before, {new:.3f} now")
+    lines += [f"  larger error: {name}" for name in found.layers]
+    return printable("\n".join(lines) + "\n")
+
+
+def _facts(result: RunResult) -> list[str]:
+    facts = []
+    if result.survival is not None:
+        facts.append(_wrapped(f"adapter: {survival_phrase(result.survival)}"))
+    if result.strategy is not None:
+        facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
+    facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))
+    facts.extend(_wrapped(line) for line in previous_lines(result))
+    return facts
+
+
+def table(found: list[Row]) -> list[str]:
+    """Rows with labels to the left, figures and their errors each aligned to the right."""
+    if not found:
+        return []
+    columns = [_column(title, [row.cells[i] for row in found]) for i, title in enumerate(COLUMNS)]
+    used = [column for column in columns if any(cell.strip(" –") for cell in column[1:])]
+    labels = [row.label for row in found]
+    left = max(len(label) for label in labels)
+    lines = [_line("", left, [column[0] for column in used])]
+    for number, row in enumerate(found, start=1):
+        line = _line(row.label, left, [column[number] for column in used])
+        note = "" if row.arm == "noise_floor" else row.note
+        lines.append(f"{line}  {note}".rstrip())
+    return lines
+
+
+def _line(label: str, left: int, cells: list[str]) -> str:
+    return "  ".join([f"  {label:<{left}}", *cells]).rstrip()
+
+
+def _column(title: str, cells: list[Cell]) -> list[str]:
+    values = max((len(cell.value) for cell in cells), default=0)
+    errors = max((len(cell.error) for cell in cells), default=0)
+    unit = next((cell.unit for cell in cells if cell.unit), "")
+    shown = [_aligned(cell, values, errors, unit) for cell in cells]
+    width = max(len(text) for text in [title, *shown])
+    return [f"{text:>{width}}" for text in [title, *shown]]
+
+
+def _aligned(cell: Cell, values: int, errors: int, unit: str) -> str:
+    if cell.word:
+        return cell.word
+    error = f" ± {cell.error:>{errors}}" if cell.error else " " * (errors + 3 if errors else 0)
+    return f"{cell.value:>{values}}{error}{cell.unit:<{len(unit)}}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)

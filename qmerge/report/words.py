@@ -1,0 +1,386 @@
+"""What all reports say alike: numbers as text, the arms' table as cells, the verdict."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from qmerge.results import (
+    ArmScore,
+    Change,
+    CorpusRecord,
+    Estimate,
+    LinearResult,
+    RunResult,
+    Survival,
+)
+
+LABELS = {"quantized_base": "quantized base"}
+COLUMNS = ("perplexity", "change", "KL", "same top token")
+DASH = "–"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# The verdict's steps, for a release against `trained`. The first is what the gate's examples ask
+# for; beyond the second the loss is of the size that nearest rounding brings, which loses the
+# adapter (KL 0.07 to 0.26, perplexity +12% to +39% where GPTQ has 0.001 and +0.1%).
+GOOD = {"increase": 0.01, "kl": 0.05, "survival": 0.9}
+FAIR = {"increase": 0.05, "kl": 0.2, "survival": 0.7}
+# An adapter whose own gain is below this share of perplexity has no gain to speak of.
+SMALLEST_GAIN = 0.02
+# A linear is pointed at when its error is this far above that of its like in other layers: in a
+# healthy release the o_proj of a first layer was at 8, and two bits fewer cost about 25.
+LOUD = 12.0
+# merged and trained are one model under `dequantize`, up to rounding in the forward pass.
+EQUAL_KL = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`tone` is "good", "fair", "poor" or "plain"; the sentence says why."""
+
+    tone: str
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A figure and its error, already as text. A `word` stands in place of a figure."""
+
+    value: str = ""
+    error: str = ""
+    unit: str = ""
+    word: str = ""
+
+    def __str__(self) -> str:
+        if self.word:
+            return self.word
+        error = f" ± {self.error}" if self.error else ""
+        return f"{self.value}{error}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm on one corpus: cells in the order of COLUMNS."""
+
+    arm: str
+    label: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+
+
+def figure(value: float | None, error: float | None, digits: int, unit: str = "") -> Cell:
+    if value is None or not math.isfinite(value):
+        return Cell(word=DASH if value is None else "not finite")
+    shown = f"{error:.{digits}f}" if error is not None and math.isfinite(error) else ""
+    return Cell(value=f"{value:.{digits}f}", error=shown, unit=unit)
+
+
+def perplexity(score: ArmScore) -> Cell:
+    size = abs(score.perplexity)
+    digits = 4 if size < 2 else 3 if size < 20 else 2 if size < 1000 else 1 if size < 1e5 else 0
+    return figure(score.perplexity, score.stderr, digits)
+
+
+def change_cell(change: Change | None) -> Cell:
+    if change is None:
+        return Cell(word=DASH)
+    if not math.isfinite(change.ratio):
+        return Cell(word="not finite")
+    per_cent = 100 * (change.ratio - 1)
+    error = None if change.ratio_stderr is None else 100 * change.ratio_stderr
+    digits = 2 if abs(per_cent) < 100 else 1 if abs(per_cent) < 1e4 else 0
+    cell = figure(per_cent, error, digits, "%")
+    signless = float(cell.value) == 0
+    value = cell.value.lstrip("-") if signless else f"{per_cent:+.{digits}f}"
+    return Cell(value=value, error=cell.error, unit="%")
+
+
+def kl_cell(score: ArmScore) -> Cell:
+    if score.kl is None:
+        return Cell(word=DASH)
+    return figure(score.kl.mean, score.kl.stderr, 5)
+
+
+def kl_figure(score: ArmScore) -> str:
+    """Three digits, for a sentence."""
+    return DASH if score.kl is None else f"{score.kl.mean:.3g}"
+
+
+def share_cell(share: Estimate | None) -> Cell:
+    if share is None:
+        return Cell(word=DASH)
+    error = None if share.stderr is None else 100 * share.stderr
+    return figure(100 * share.mean, error, 2, "%")
+
+
+def rows(result: RunResult, corpus: str) -> list[Row]:
+    """The arms' table of one corpus, then the noise floor where one was measured."""
+    found = []
+    for arm, scores in result.arms.items():
+        if corpus not in scores:
+            continue
+        score = scores[corpus]
+        found.append(
+            Row(
+                arm=arm,
+                label=label(result, arm),
+                cells=_cells(score, is_reference=arm == result.reference),
+                note=_note(result, arm, score),
+            )
+        )
+    floor = result.noise_floor.get(corpus)
+    if floor is not None:
+        note = f"trained in 16 bits, {len(floor.window_nll)} windows"
+        cells = (Cell(word=DASH), *_cells(floor, is_reference=False)[1:])
+        found.append(Row(arm="noise_floor", label="noise floor", cells=cells, note=note))
+    return found
+
+
+def label(result: RunResult, arm: str) -> str:
+    """An arm as readers call it; what was carried along and not published names its strategy."""
+    if arm == result.reference:
+        return f"{arm} (reference)"
+    head, _, tail = arm.partition("_")
+    strategies = [found.strategy for found in result.strategy.candidates] if result.strategy else []
+    return f"{head} ({tail})" if tail in strategies else LABELS.get(arm, arm)
+
+
+def _cells(score: ArmScore, *, is_reference: bool) -> tuple[Cell, ...]:
+    if is_reference:
+        return (perplexity(score), Cell(word=DASH), Cell(word=DASH), Cell(word=DASH))
+    return (
+        perplexity(score),
+        change_cell(score.change),
+        kl_cell(score),
+        share_cell(score.same_top),
+    )
+
+
+def _note(result: RunResult, arm: str, score: ArmScore) -> str:
+    if score.unscored_tokens:
+        return f"{score.unscored_tokens} tokens are not in its vocabulary"
+    same = arm == "merged" and result.strategy is not None
+    if same and result.strategy and result.strategy.chosen == "dequantize" and score.kl:
+        if score.kl.mean < EQUAL_KL:
+            return "equals trained"
+        return "differs from trained"
+    return ""
+
+
+def corpora(result: RunResult) -> list[str]:
+    """Corpora with scores, the in-domain one first."""
+    names = dict.fromkeys(name for scores in result.arms.values() for name in scores)
+    known = result.corpora.evaluation
+    return sorted(names, key=lambda n: n not in known or known[n].role != "in_domain")
+
+
+def heading(name: str, record: CorpusRecord | None) -> str:
+    if record is None:
+        return name
+    role = record.role.replace("_", "-")
+    parts = [name, role, f"{record.windows} × {record.sequence_length} tokens"]
+    return " · ".join(dict.fromkeys(parts))
+
+
+def subject_score(result: RunResult, corpus: str) -> ArmScore | None:
+    return result.arms.get(result.subject or "", {}).get(corpus)
+
+
+def verdict(result: RunResult) -> Verdict:
+    """The report's first sentence: is the release as good as what was trained, and by how much."""
+    names = corpora(result)
+    score = subject_score(result, names[0]) if names else None
+    if not names:
+        return Verdict(tone="plain", sentence="Nothing was scored.")
+    if score is None or score.change is None or score.kl is None:
+        return _ranking(result, names[0])
+    figures = _figures(result, names[0], score)
+    if not (math.isfinite(score.change.ratio) and math.isfinite(score.kl.mean)):
+        sentence = f"The {result.subject} is broken: its scores are not finite on {names[0]}."
+        return Verdict(tone="poor", sentence=sentence)
+    if any(not gate.passed for gate in result.gate):
+        fallen = [gate.text for gate in result.gate if not gate.passed]
+        more = f", and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+        sentence = f"The {result.subject} does not pass: {fallen[0]}{more}. On {figures}."
+        return Verdict(tone="poor", sentence=sentence)
+    tone, opinion = _opinion(result, score)
+    return Verdict(tone=tone, sentence=f"The {result.subject} {opinion}: on {figures}.")
+
+
+def _opinion(result: RunResult, score: ArmScore) -> tuple[str, str]:
+    assert score.change is not None
+    assert score.kl is not None
+    low = score.change.ci95[0] if score.change.ci95 else score.change.ratio
+    # An increase within noise is none.
+    increase = score.change.ratio - 1 if low > 1 else 0.0
+    survival = result.survival.survival if result.survival else None
+    measured = {"increase": increase, "kl": score.kl.mean}
+    kept = 1.0 if survival is None else survival
+    reference = "what you trained" if result.reference == "trained" else str(result.reference)
+    for tone, bounds, opinion in (
+        ("good", GOOD, f"is as good as {reference}"),
+        ("fair", FAIR, f"is somewhat worse than {reference}"),
+    ):
+        if (
+            all(value <= bounds[key] for key, value in measured.items())
+            and kept >= bounds["survival"]
+        ):
+            return tone, opinion
+    return "poor", f"lost much of {reference}"
+
+
+def _figures(result: RunResult, corpus: str, score: ArmScore) -> str:
+    parts = [f"{corpus} perplexity {change_phrase(score.change)}", f"KL {kl_figure(score)}"]
+    if score.same_top is not None:
+        parts.append(f"same top token {share_cell(score.same_top).value}%")
+    kept = gain_kept(result, corpus)
+    if kept is not None:
+        share = f"{100 * kept:.1f}%" if kept > 0 else "none"
+        parts.append(f"{share} of the adapter's gain kept")
+    left = result.survival.survival if result.survival else None
+    if left is not None and left < GOOD["survival"]:
+        parts.append(f"adapter survival {left:.2f}")
+    return ", ".join(parts)
+
+
+def change_phrase(change: Change | None) -> str:
+    cell = change_cell(change)
+    if change is None or change.ci95 is None:
+        return f"{cell}"
+    low, high = change.ci95
+    return f"{cell} (within noise)" if low <= 1 <= high else f"{cell}"
+
+
+def gain_kept(result: RunResult, corpus: str) -> float | None:
+    """Share of the adapter's gain in log-likelihood over the base that the release still has."""
+    names = ("quantized_base", result.reference or "", result.subject or "")
+    found = [result.arms.get(name, {}).get(corpus) for name in names]
+    if any(score is None or not score.perplexity > 0 for score in found):
+        return None
+    base, trained, release = (math.log(score.perplexity) for score in found if score is not None)
+    if not base - trained > SMALLEST_GAIN or not math.isfinite(release):
+        return None
+    return (base - release) / (base - trained)
+
+
+def _ranking(result: RunResult, corpus: str) -> Verdict:
+    scores = {arm: found[corpus] for arm, found in result.arms.items() if corpus in found}
+    near = {arm: s.kl.mean for arm, s in scores.items() if s.kl is not None}
+    if near and len(near) > 1:
+        best = min(near, key=lambda arm: near[arm])
+        sentence = f"Nearest to {result.reference} on {corpus}: {best}, KL {near[best]:.5f}."
+        return Verdict(tone="plain", sentence=sentence)
+    best = min(scores, key=lambda arm: scores[arm].perplexity)
+    lead = "Lowest perplexity" if len(scores) > 1 else "Perplexity"
+    return Verdict(
+        tone="plain", sentence=f"{lead} on {corpus}: {best}, {perplexity(scores[best])}."
+    )
+
+
+def survival_phrase(survival: Survival | None) -> str:
+    """ "survival 0.985, noise 0.123, update 0.076 of a step, 15.0% of codes changed"."""
+    if survival is None or survival.survival is None:
+        return "not measured"
+    parts = [f"survival {survival.survival:.3f}"]
+    if survival.noise is not None:
+        parts.append(f"noise {survival.noise:.3g}")
+    if survival.step_ratio is not None:
+        parts.append(f"update {survival.step_ratio:.3g} of a step")
+    if survival.codes_changed is not None:
+        parts.append(f"{100 * survival.codes_changed:.1f}% of codes changed")
+    return ", ".join(parts)
+
+
+def linears(result: RunResult) -> Iterator[LinearResult]:
+    for layer in result.layers:
+        yield from layer.linears
+
+
+def weakest(result: RunResult) -> LinearResult | None:
+    """The linear that kept the least of its update."""
+    seen = [x for x in linears(result) if x.survival and x.survival.survival is not None]
+    return min(seen, key=_kept, default=None)
+
+
+def _kept(linear: LinearResult) -> float:
+    kept = linear.survival.survival if linear.survival else None
+    return math.inf if kept is None else kept
+
+
+def loud(result: RunResult) -> list[tuple[LinearResult, float]]:
+    """Linears whose error stands out from that of their like, and how many times, worst first."""
+    like: dict[str, list[float]] = {}
+    for linear in linears(result):
+        if linear.error is not None:
+            like.setdefault(projection(linear.name), []).append(linear.error)
+    everywhere = [error for errors in like.values() for error in errors]
+    found = []
+    for linear in linears(result):
+        if linear.error is None:
+            continue
+        peers = like[projection(linear.name)]
+        usual = median(peers if len(peers) >= 3 else everywhere)
+        if usual > 0 and linear.error > LOUD * usual:
+            found.append((linear, linear.error / usual))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def projection(name: str) -> str:
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def gate_lines(result: RunResult) -> list[str]:
+    """How many limits hold, and each one that does not."""
+    if not result.gate:
+        return []
+    fallen = [gate.text for gate in result.gate if not gate.passed]
+    held = len(result.gate) - len(fallen)
+    return [f"{held} of {len(result.gate)} limits hold", *(f"FAILED {text}" for text in fallen)]
+
+
+def previous_lines(result: RunResult) -> list[str]:
+    """The change from the previous release, per corpus."""
+    return [
+        f"perplexity {change_phrase(change)} on {corpus} since the previous release"
+        for corpus, change in result.change_from_previous.items()
+    ]
+
+
+def findings(result: RunResult) -> list[str]:
+    """Lines under the verdict: where it hurts, and what would help."""
+    lines = []
+    weak = weakest(result)
+    if weak is not None and weak.survival is not None and _kept(weak) < GOOD["survival"]:
+        lines.append(f"Weakest linear: {weak.name}, {survival_phrase(weak.survival)}.")
+    for linear, times in loud(result)[:3]:
+        bits = f" ({linear.bits} bits)" if linear.bits else ""
+        lines.append(f"Largest error: {linear.name}{bits}, {times:.1f} times that of its like.")
+    for remedy in result.remedies:
+        where = f" for {', '.join(remedy.where)}" if remedy.where else ""
+        cost = f", {size(remedy.extra_bytes)} more" if remedy.extra_bytes else ""
+        lines.append(f"Would help: {remedy.option}{where} (survival {remedy.survival:.3f}{cost}).")
+    return lines
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a name can carry and a terminal or XML obeys."""
+    return CONTROL.sub("", text)
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

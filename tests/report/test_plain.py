@@ -1,0 +1,166 @@
+"""The text, JSON and markdown reports and the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+
+from qmerge.measure import Limits, check_limits, compare_results
+from qmerge.report import FORMATS, render, render_card, render_comparison
+from qmerge.results import InputRecord, RunResult
+from tests.samples import ODD, finished, without_adapter_figures
+
+
+def gated(**options: bool) -> RunResult:
+    result = finished(**options)
+    gate = check_limits(result, Limits(max_kl=1e-9, min_survival=0.1))
+    return dataclasses.replace(result, gate=gate)
+
+
+def bare() -> RunResult:
+    return RunResult(qmerge_version="0.1.0")
+
+
+def test_the_table_is_aligned_and_holds_the_figures() -> None:
+    text = render(finished(), "text")
+    lines = text.splitlines()
+    start = lines.index("plays · in-domain · 16 × 41 tokens")
+    header, body = lines[start + 1], lines[start + 2 : start + 9]
+    labels = [line[2:23].strip() for line in body]
+    assert labels[:3] == ["original", "quantized base", "trained (reference)"]
+    assert labels[-1] == "noise floor"
+    for title in ("perplexity", "change", "KL", "same top token"):
+        end = header.index(title) + len(title)
+        # Every figure ends where its column's title does.
+        assert all(line[end - 1 : end] not in ("", " ") for line in body), title
+        assert all(line[end : end + 1] in ("", " ") for line in body), title
+    release = next(line for line in body if line.startswith("  release"))
+    score = finished().arms["release"]["plays"]
+    assert score.kl is not None
+    assert f"{score.kl.mean:.5f} ± {score.kl.stderr:.5f}" in release
+    assert f"{score.perplexity:.3f} ± {score.stderr:.3f}" in release
+
+
+def test_text_is_plain_and_fits_a_terminal() -> None:
+    text = render(gated(), "text")
+    assert max(map(len, text.splitlines())) <= 110
+    assert "\x1b" not in text
+    assert text.startswith("The release does not pass")
+    assert "gate: 2 of 3 limits hold" not in text
+    assert "gate: 1 of 3 limits hold" in text
+    assert "warning: calibration" in text
+    assert "since the previous release" in text
+    assert "adapter: survival 0." in text
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "html"])
+@pytest.mark.parametrize("result", [bare(), without_adapter_figures(finished()), gated(odd=True)])
+def test_every_result_can_be_told(result: RunResult, form: str) -> None:
+    assert render(result, form).strip()
+    assert render(result, form) == render(result, form)
+
+
+def test_json_is_strict_whole_and_readable() -> None:
+    text = render(finished(), "json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    assert RunResult.from_dict(json.loads(text, parse_constant=refuse)) == finished()
+    windows = [line for line in text.splitlines() if '"window_nll": [' in line]
+    assert windows
+    assert all(line.rstrip(",").endswith("]") for line in windows)
+
+
+def test_markdown_tables_are_well_formed() -> None:
+    lines = render(gated(odd=True), "md").splitlines()
+    tables = [number for number, line in enumerate(lines) if line.startswith("| ---")]
+    assert len(tables) >= 4
+    for number in tables:
+        columns = cells(lines[number])
+        assert cells(lines[number - 1]) == columns
+        assert cells(lines[number + 1]) == columns
+
+
+def cells(line: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", line))
+
+
+def test_markdown_lets_no_markup_through() -> None:
+    text = render(gated(odd=True), "md") + render_card(gated(odd=True), name=ODD)
+    body = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert "<script" not in body
+    assert "<i>" not in body
+    assert "\x1b" not in text
+
+
+def test_the_card_has_front_matter_that_the_hub_reads() -> None:
+    card = render_card(finished(), name="plays-int4")
+    _, front, body = card.split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert found["base_model"] == "org/base-4bit"
+    assert found["base_model_relation"] == "quantized"
+    assert found["license"] == "apache-2.0"
+    assert found["library_name"] == "transformers"
+    assert found["datasets"] == ["org/texts"]
+    assert {"qmerge", "gptq", "4-bit"} <= set(found["tags"])
+    for expected in (
+        "# plays-int4",
+        'AutoModelForCausalLM.from_pretrained("plays-int4"',
+        "vllm serve plays-int4",
+        "gptqmodel optimum",
+        "qmerge run qmerge_recipe.yaml",
+        "| release |",
+    ):
+        assert expected in body
+
+
+def test_the_card_keeps_the_makers_disk_to_itself() -> None:
+    result = finished()
+    local = InputRecord(path="/home/somebody/models/base", model="/home/somebody/models/base")
+    calibration = result.corpora.calibration
+    assert calibration is not None
+    corpora = dataclasses.replace(
+        result.corpora, calibration=dataclasses.replace(calibration, source="/home/somebody/t.txt")
+    )
+    card = render_card(
+        dataclasses.replace(result, inputs={"base": local}, corpora=corpora), name="x"
+    )
+    assert "/home/somebody" not in card
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    assert "base_model" not in front
+    assert "license" not in front
+    assert "datasets" not in front
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ({"bits": 3, "format": "gptq"}, "3 bits"),
+        ({"bits": 4, "symmetric": False, "format": "gptq"}, "symmetric only"),
+        ({"bits": 4, "format": "gptq_v2"}, "gptq_v2"),
+    ],
+)
+def test_the_card_says_where_vllm_will_not_load_it(details: dict[str, object], reason: str) -> None:
+    release = InputRecord(path="r", details=details)
+    card = render_card(dataclasses.replace(finished(), release=release), name="x")
+    assert "vllm serve" not in card
+    assert reason in card
+    packed = {**details, "format": "compressed-tensors"}
+    release = InputRecord(path="r", details=packed)
+    card = render_card(dataclasses.replace(finished(), release=release), name="x")
+    assert "vllm serve" in card
+    assert "compressed-tensors" in card
+
+
+def test_a_comparison_says_better_worse_or_same() -> None:
+    same = render_comparison(compare_results(finished(), finished()))
+    assert same.startswith("No difference beyond noise.")
+    worse = render_comparison(compare_results(finished(), finished(damage=1.0)))
+    assert worse.startswith("The new release is worse than the old one.")
+    assert "plays: worse, perplexity +" in worse
+    assert "larger error: model.layers.2.mlp.down_proj" in worse

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from qmerge.measure import Limits, check_limits
+from qmerge.report.words import (
+    change_cell,
+    duration,
+    findings,
+    gain_kept,
+    loud,
+    rows,
+    size,
+    verdict,
+    weakest,
+)
+from qmerge.results import ArmScore, Change, RunResult, Survival
+from tests.samples import finished, without_adapter_figures
+
+
+def with_release(result: RunResult, **changes: object) -> RunResult:
+    plays = dataclasses.replace(result.arms["release"]["plays"], **changes)  # type: ignore[arg-type]
+    release = {**result.arms["release"], "plays": plays}
+    return dataclasses.replace(result, arms={**result.arms, "release": release})
+
+
+def changed(ratio: float, low: float, high: float) -> Change:
+    return Change(ratio=ratio, ratio_stderr=0.001, difference=0.1, ci95=(low, high))
+
+
+KEPT = Survival(survival=0.98, noise=0.01, elements=1, energy=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "survival", "tone", "opinion"),
+    [
+        (changed(1.002, 1.001, 1.003), 0.98, "good", "is as good as what you trained"),
+        (changed(1.04, 0.99, 1.09), 0.98, "good", "within noise"),
+        (changed(1.03, 1.02, 1.04), 0.98, "fair", "is somewhat worse than what you trained"),
+        (changed(1.002, 1.001, 1.003), 0.8, "fair", "adapter survival 0.80"),
+        (changed(1.3, 1.2, 1.4), 0.98, "poor", "lost much of what you trained"),
+        (changed(0.98, 0.97, 0.99), 0.98, "good", "-2.00"),
+    ],
+)
+def test_the_verdict_follows_its_figures(
+    change: Change, survival: float, tone: str, opinion: str
+) -> None:
+    result = with_release(finished(), change=change)
+    result = dataclasses.replace(result, survival=dataclasses.replace(KEPT, survival=survival))
+    found = verdict(result)
+    assert found.tone == tone
+    assert opinion in found.sentence
+
+
+def test_a_fallen_limit_is_the_verdict() -> None:
+    result = finished()
+    gate = check_limits(result, Limits(max_kl=1e-9, min_same_top=0.0))
+    found = verdict(dataclasses.replace(result, gate=gate))
+    assert found.tone == "poor"
+    assert "does not pass: mean KL" in found.sentence
+    assert "and 1 more" in found.sentence
+
+
+def test_a_broken_release_is_called_so() -> None:
+    nan = changed(math.nan, math.nan, math.nan)
+    found = verdict(with_release(finished(), change=nan, perplexity=math.nan))
+    assert found.tone == "poor"
+    assert "not finite" in found.sentence
+
+
+def test_without_a_subject_the_nearest_or_the_lowest_is_named() -> None:
+    evaluated = without_adapter_figures(finished())
+    assert "Nearest to trained on plays: merged" in verdict(evaluated).sentence
+    plain = {
+        arm: {
+            name: ArmScore(perplexity=score.perplexity, tokens=1) for name, score in scores.items()
+        }
+        for arm, scores in evaluated.arms.items()
+    }
+    alone = dataclasses.replace(evaluated, reference=None, arms=plain)
+    assert "Lowest perplexity on plays" in verdict(alone).sentence
+    assert verdict(dataclasses.replace(alone, arms={})).sentence == "Nothing was scored."
+
+
+def test_gain_kept_is_a_share_of_log_likelihood() -> None:
+    result = finished()
+    scores = {arm: found["plays"] for arm, found in result.arms.items()}
+    base, trained, release = (
+        math.log(scores[arm].perplexity) for arm in ("quantized_base", "trained", "release")
+    )
+    assert gain_kept(result, "plays") == pytest.approx((base - release) / (base - trained))
+    without = {arm: found for arm, found in result.arms.items() if arm != "quantized_base"}
+    assert gain_kept(dataclasses.replace(result, arms=without), "plays") is None
+
+
+def test_rows_say_what_merged_must_be() -> None:
+    notes = {row.arm: row.note for row in rows(finished(), "plays")}
+    assert notes["merged"] == "equals trained"
+    result = finished()
+    wrong = {**result.arms, "merged": result.arms["original"]}
+    notes = {row.arm: row.note for row in rows(dataclasses.replace(result, arms=wrong), "plays")}
+    assert notes["merged"] == "differs from trained"
+    assert list(notes)[-1] == "noise_floor"
+
+
+def test_the_layer_that_hurts_is_pointed_at() -> None:
+    assert loud(finished()) == []
+    hurt = loud(finished(damage=1.0))
+    assert [linear.name for linear, _ in hurt] == ["model.layers.2.mlp.down_proj"]
+    weak = weakest(finished())
+    assert weak is not None
+    assert weak.name == "model.layers.1.self_attn.v_proj"
+    lines = " ".join(findings(finished(damage=1.0)))
+    assert "model.layers.2.mlp.down_proj" in lines
+    assert "model.layers.1.self_attn.v_proj" in lines
+    assert "--bits 8" in lines
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [(1.0026, "+0.26"), (0.5, "-50.00"), (1.0, "0.00"), (0.9999999, "0.00"), (12.0, "+1100.0")],
+)
+def test_changes_are_signed(ratio: float, shown: str) -> None:
+    assert change_cell(Change(ratio=ratio, difference=0.0)).value == shown
+
+
+def test_sizes_and_times() -> None:
+    assert [size(n) for n in (5, 2048, 3 << 20, 5 << 40)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.0 TiB",
+    ]
+    assert [duration(s) for s in (0.5, 75, 4000)] == ["0.5 s", "1 min 15 s", "1 h 06 min"]
