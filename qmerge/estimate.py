@@ -33,7 +33,7 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
     if job is None:
         return PlanSummary(
             base=str(recipe.base),
-            adapter=str(recipe.adapter),
+            adapter=str(recipe.adapter or ""),
             out=str(recipe.out),
             faults=listing,
             hints=hints,
@@ -43,7 +43,7 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
     spec = job.settings.spec
     return PlanSummary(
         base=f"{recipe.base} ({job.base.format.name})",
-        adapter=f"{recipe.adapter} ({job.injection.adapter.kind}, rank {job.injection.adapter.rank})",
+        adapter=_adapter(job),
         original=str(recipe.original) if recipe.original else None,
         out=str(recipe.out),
         strategies=job.strategies,
@@ -64,6 +64,13 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
     )
 
 
+def _adapter(job: Job) -> str:
+    if job.injection is None:
+        return ""
+    adapter = job.injection.adapter
+    return f"{job.recipe.adapter} ({adapter.kind}, rank {adapter.rank})"
+
+
 def _planned(job: Job, unit: Unit) -> PlannedUnit:
     """One unit's bytes: read from the base and the original, written to the release."""
     modules = {f"{unit.path}.{name}" for name in job.targets_of(unit)}
@@ -80,7 +87,7 @@ def _planned(job: Job, unit: Unit) -> PlannedUnit:
         label=unit.label,
         quantized=len(modules),
         dense=len(unit.parameters) - len(modules),
-        adapted=sum(name in job.injection.touched for name in unit.parameters),
+        adapted=sum(name in job.touched for name in unit.parameters),
         bytes_in=bytes_in,
         bytes_out=bytes_out,
     )

@@ -19,7 +19,7 @@ from qmerge.errors import Fault, PlanError
 from qmerge.job import Faults, pick_device
 from qmerge.measure import score_arms
 from qmerge.model.frame import Frame, probe
-from qmerge.model.layer import fill, move
+from qmerge.model.layer import move
 from qmerge.model.opening import open_model
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.streams import Stream, Streams, batches
@@ -55,17 +55,10 @@ class Model:
 
     def layer(self, unit: Unit) -> nn.Module:
         """One decoder layer with its weights."""
-        weights = self.weights.unit(unit)
-        if self.injection is not None:
-            return live_layer(self.injection, unit, weights)
-        layer = self.skeleton.layer(unit.index)
-        fill(layer, weights)
-        return layer
+        return live_layer(self.skeleton, self.injection, unit, self.weights.unit(unit))
 
     def outer(self) -> Weights:
         """What stands outside the layers, with what the adapter does there."""
-        if self.injection is None:
-            return self.weights
         return outer_weights(self.injection, self.skeleton.units(), self.weights)
 
 

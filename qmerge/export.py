@@ -63,7 +63,7 @@ def export(
         for number, unit in enumerate(units, start=1):
             progress.step(unit.label)
             name = f"model-{number:05}-of-{len(units):05}.safetensors"
-            records.append(write_shard(folder / name, _tensors(weights, injection, unit, target)))
+            records.append(write_shard(folder / name, _tensors(skeleton, weights, injection, unit, target)))
         write_index(folder, records)
         write_json(folder / "config.json", _config(weights.checkpoint.config, target))
         home = tokenizer_home(base, adapter)
@@ -90,14 +90,18 @@ def _inject(skeleton: Skeleton, adapter: Path | None) -> Injection | None:
 
 
 def _tensors(
-    weights: Weights, injection: Injection | None, unit: Unit, dtype: torch.dtype
+    skeleton: Skeleton,
+    weights: Weights,
+    injection: Injection | None,
+    unit: Unit,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """One unit's tensors as they are written, by stored name."""
     merged: Mapping[str, torch.Tensor] = {}
     if injection is not None and any(name in injection.touched for name in unit.parameters):
         dense = weights.unit(unit)
         if unit.kind == "layer":
-            relative = merge_layer(injection, live_layer(injection, unit, dense))
+            relative = merge_layer(injection, live_layer(skeleton, injection, unit, dense))
             merged = {join(unit.path, name): tensor for name, tensor in relative.items()}
         else:
             merged = merge_outer(injection, unit, dense)

@@ -38,7 +38,8 @@ class Job:
     skeleton: Skeleton
     base: Weights
     original: Weights | None
-    injection: Injection
+    previous: Weights | None
+    injection: Injection | None
     tokenizer_folder: Path
     calibration: Corpus
     evaluation: tuple[Corpus, ...]
@@ -50,6 +51,11 @@ class Job:
     evaluation_at_once: int
     device: torch.device
     notes: tuple[str, ...]
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """Parameters that the adapter may change."""
+        return self.injection.touched if self.injection is not None else frozenset()
 
     def targets_of(self, unit: Unit) -> tuple[str, ...]:
         """Modules of one unit that are quantized, relative to its path."""
@@ -64,9 +70,12 @@ class Job:
 
 def arm_names(job: Job) -> tuple[str, ...]:
     """The arms that stream through the walk, in the order in which they are told."""
-    originals = ("original",) if job.original is not None else ()
+    before = ("original",) if job.original is not None else ()
+    after = ("previous",) if job.previous is not None else ()
+    if job.injection is None:  # nothing to merge: the base is what was trained
+        return (*before, "trained", *(f"release@{s}" for s in job.strategies), *after)
     made = [name for s in job.strategies for name in (f"merged@{s}", f"release@{s}")]
-    return (*originals, "quantized_base", "trained", *made)
+    return (*before, "quantized_base", "trained", *made, *after)
 
 
 class Faults:

@@ -19,7 +19,7 @@ from qmerge.errors import RecipeError
 
 R = TypeVar("R")
 
-SECTIONS = ("Models", "Text", "Quantizer", "Machine")
+SECTIONS = ("Models", "Text", "Quantizer", "Gate", "Machine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,19 @@ def _fraction(value: object) -> float:
     return number
 
 
+def _share(value: object) -> float:
+    """0.01 and "1%" are the same share."""
+    per_cent = isinstance(value, str) and value.strip().endswith("%")
+    text = value.strip()[:-1] if isinstance(value, str) and per_cent else value
+    try:
+        number = float(text) if isinstance(text, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, bool) or not 0 <= number < math.inf:
+        raise ValueError("is not a limit such as 1% or 0.01")
+    return number / 100 if per_cent else number
+
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -121,6 +134,7 @@ EVALS = Kind(metavar="[NAME=]SPEC", read=_texts, many=True)
 FOLDER = Kind(metavar="DIR", read=_path)
 WINDOWS = Kind(metavar="N|all", read=_whole_or_all)
 FRACTION = Kind(metavar="X", read=_fraction)
+SHARE = Kind(metavar="X|X%", read=_share)
 NBYTES = Kind(metavar="SIZE", read=_nbytes)
 DEVICE = Kind(metavar="DEVICE", read=_device)
 SWITCH = Kind(metavar="", read=_switch)

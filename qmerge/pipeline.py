@@ -14,13 +14,22 @@ from qmerge.corpus import overlap
 from qmerge.errors import StorageError
 from qmerge.estimate import disk_bytes
 from qmerge.job import Job
-from qmerge.measure import paired_estimate, pool_survival, score_arms, worst_windows
+from qmerge.measure import (
+    Limits,
+    check_limits,
+    pair,
+    paired_estimate,
+    pool_survival,
+    score_arms,
+    worst_windows,
+)
 from qmerge.options import options
 from qmerge.plan import make_plan
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
-from qmerge.recipe import Recipe
+from qmerge.recipe import Recipe, Scoring
 from qmerge.release import (
+    REPORT,
     quantization_settings,
     write_config,
     write_papers,
@@ -29,6 +38,7 @@ from qmerge.release import (
 from qmerge.results import (
     ArmScore,
     Candidate,
+    Change,
     Corpora,
     Estimate,
     InputRecord,
@@ -38,12 +48,15 @@ from qmerge.results import (
     encode,
 )
 from qmerge.stages.evaluate import Scored
+from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
-from qmerge.walk import REFERENCE, Walk, merged_arm, release_arm
+from qmerge.walk import NOISE, REFERENCE, Walk, merged_arm, release_arm
 from qmerge.workspace import Workspace, disk_free
 
 RELEASE = "release"
+DENSE = "dense"
+"""What the reference is called where there is no adapter."""
 MERGED = "merged"
 
 Scores = dict[str, dict[str, ArmScore]]
@@ -57,6 +70,9 @@ def run(recipe: Recipe, progress: Progress | None = None) -> RunResult:
     """
     progress = progress or Silent()
     began = time.monotonic()
+    finished = None if recipe.restart else _finished(recipe)
+    if finished is not None:
+        return finished
     progress.stage("plan", 1)
     progress.step("reading headers")
     job = make_plan(recipe).ready()
@@ -69,11 +85,18 @@ def run(recipe: Recipe, progress: Progress | None = None) -> RunResult:
         _walk(walk, progress)
         progress.stage("score", len(job.evaluation))
         progress.step("final norm and head")
-        result = _result(walk, walk.scores(), inputs, time.monotonic() - began)
+        result = _result(walk, walk.scores(), walk.noise(), inputs, time.monotonic() - began)
         assert result.strategy is not None
         progress.stage("publish", 1)
         progress.step(str(recipe.out))
-        return _publish(walk, result, result.strategy.chosen)
+        return _publish(walk, result, result.strategy.chosen, recipe.to_yaml())
+
+
+def _finished(recipe: Recipe) -> RunResult | None:
+    """The result of this very run where it was stopped after its release had appeared."""
+    if Workspace.tidy(recipe.out) != recipe.to_yaml():
+        return None
+    return RunResult.from_dict(read_json(recipe.out / REPORT), source=str(recipe.out / REPORT))
 
 
 def _walk(walk: Walk, progress: Progress) -> None:
@@ -89,18 +112,25 @@ def _walk(walk: Walk, progress: Progress) -> None:
 def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
     """Every file that goes in, with its digest, so that a report can be checked and a run resumed."""
     recipe = job.recipe
-    folders = {"base": recipe.base, "adapter": recipe.adapter, "original": recipe.original}
+    folders = {
+        "base": recipe.base,
+        "adapter": recipe.adapter,
+        "original": recipe.original,
+        "previous": recipe.previous,
+    }
     given = {role: folder for role, folder in folders.items() if folder is not None}
     progress.stage("digest", len(given))
     records = {}
     for role, folder in given.items():
         progress.step(f"{role} {folder}")
         records[role] = folder_record(folder)
-    adapter = job.injection.adapter
-    records["base"] = replace(records["base"], format=job.base.format.name, model=adapter.base_name)
-    records["adapter"] = replace(
-        records["adapter"], format=adapter.kind, details={"rank": adapter.rank}
-    )
+    records["base"] = replace(records["base"], format=job.base.format.name)
+    if job.injection is not None:
+        adapter = job.injection.adapter
+        records["base"] = replace(records["base"], model=adapter.base_name)
+        records["adapter"] = replace(
+            records["adapter"], format=adapter.kind, details={"rank": adapter.rank}
+        )
     return records
 
 
@@ -113,7 +143,8 @@ def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
     }
     texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
     files = {role: dict(record.files) for role, record in inputs.items()}
-    return encode({"qmerge": __version__, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
+    made_by = {"qmerge": __version__, **versions(), "device": job.device.type}
+    return encode({"made by": made_by, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
 
 
 def _check_disk(job: Job, workspace: Workspace) -> None:
@@ -130,16 +161,23 @@ def _check_disk(job: Job, workspace: Workspace) -> None:
 
 
 def _result(
-    walk: Walk, scored: Sequence[Scored], inputs: Mapping[str, InputRecord], seconds: float
+    walk: Walk,
+    scored: Sequence[Scored],
+    noise: Sequence[Scored],
+    inputs: Mapping[str, InputRecord],
+    seconds: float,
 ) -> RunResult:
     job = walk.job
     by_corpus = {found.corpus.name: score_arms(found.stats, REFERENCE) for found in scored}
     strategy = _choose(job, by_corpus, walk.layers)
-    arms = _named_arms(by_corpus, strategy.chosen)
-    layers = tuple(_named_drift(layer, strategy.chosen) for layer in walk.layers[strategy.chosen])
-    return RunResult(
+    names = _arm_names(job, strategy.chosen)
+    arms = _named_arms(by_corpus, names)
+    layers = tuple(_named_drift(layer, names) for layer in walk.layers[strategy.chosen])
+    result = RunResult(
         qmerge_version=__version__,
         recipe=plain_recipe(job.recipe),
+        command="run" if job.injection is not None else "quantize",
+        reference=names[REFERENCE],
         strategy=strategy,
         corpora=Corpora(
             calibration=corpus_record(job.calibration, job.recipe.seed),
@@ -147,6 +185,10 @@ def _result(
         ),
         arms=arms,
         change={name: score.change for name, score in arms[RELEASE].items() if score.change},
+        noise_floor={
+            found.corpus.name: score_arms(found.stats, REFERENCE)[NOISE] for found in noise
+        },
+        change_from_previous=_from_previous(arms),
         survival=pool_survival([linear.survival for layer in layers for linear in layer.linears]),
         layers=layers,
         worst=_worst(job, scored, strategy.chosen),
@@ -156,6 +198,22 @@ def _result(
         timings={**walk.timings, "total": seconds},
         peak_rss_bytes=peak_rss(),
     )
+    return replace(result, gate=check_limits(result, limits_of(job.recipe)))
+
+
+def limits_of(recipe: Scoring) -> Limits:
+    """The limits that a recipe sets."""
+    return Limits(
+        max_ppl_increase=recipe.max_ppl_increase,
+        max_kl=recipe.max_kl,
+        min_same_top=recipe.min_same_top,
+        min_survival=getattr(recipe, "min_survival", None),
+    )
+
+
+def _from_previous(arms: Mapping[str, Mapping[str, ArmScore]]) -> dict[str, Change]:
+    previous = arms.get("previous", {})
+    return {name: pair(score, arms[RELEASE][name]) for name, score in previous.items()}
 
 
 def _choose(
@@ -202,10 +260,9 @@ def _candidate(strategy: str, score: ArmScore, layers: Sequence[LayerResult]) ->
 
 
 def _named_arms(
-    by_corpus: Mapping[str, Mapping[str, ArmScore]], chosen: str
+    by_corpus: Mapping[str, Mapping[str, ArmScore]], names: Mapping[str, str]
 ) -> dict[str, dict[str, ArmScore]]:
     """Arms by the names of the report: the chosen strategy's lose theirs, the other's keep it."""
-    names = _arm_names(chosen)
     walked = next(iter(by_corpus.values()))
     order = sorted(walked, key=lambda arm: arm not in names and "@" in arm)
     return {
@@ -214,17 +271,17 @@ def _named_arms(
     }
 
 
-def _named_drift(layer: LayerResult, chosen: str) -> LayerResult:
-    names = _arm_names(chosen)
+def _named_drift(layer: LayerResult, names: Mapping[str, str]) -> LayerResult:
     return replace(
         layer,
         drift={names.get(arm, arm.replace("@", "_")): far for arm, far in layer.drift.items()},
     )
 
 
-def _arm_names(chosen: str) -> dict[str, str]:
-    """What the report calls the arms of the strategy that is published."""
-    return {merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
+def _arm_names(job: Job, chosen: str) -> dict[str, str]:
+    """What the report calls the reference and the arms of the strategy that is published."""
+    told = REFERENCE if job.injection is not None else DENSE
+    return {REFERENCE: told, merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
 
 
 def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
@@ -256,7 +313,7 @@ def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:
                 yield f"{linear.name}: {linear.fallback}"
 
 
-def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
+def _publish(walk: Walk, result: RunResult, chosen: str, asked: str) -> RunResult:
     """Everything beside the shards, and then the rename that makes it a release."""
     job, folder = walk.job, walk.workspace.release(chosen)
     records = walk.records[chosen]
@@ -281,7 +338,6 @@ def _publish(walk: Walk, result: RunResult, chosen: str) -> RunResult:
             "tokenizer": str(job.tokenizer_folder),
         },
     )
-    finished = replace(result, release=release)
-    write_papers(job, folder, finished)
-    walk.workspace.publish(chosen)
+    finished = write_papers(job, folder, replace(result, release=release))
+    walk.workspace.publish(chosen, asked)
     return finished

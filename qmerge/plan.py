@@ -68,7 +68,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
     _check_out(recipe, faults)
-    skeleton = base = original = injection = settings = None
+    skeleton = base = original = previous = injection = settings = None
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
     targets: frozenset[str] = frozenset()
     notes: list[str] = []
@@ -76,20 +76,23 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     with faults.at("--base"):
         skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         probe(skeleton)
-    with faults.at("--adapter"):
-        adapter = open_adapter(recipe.adapter)
-        if skeleton is not None:
-            injection = inject(skeleton.model, adapter)
-            faults.found += injection.faults
+    if recipe.adapter is not None:
+        with faults.at("--adapter"):
+            adapter = open_adapter(recipe.adapter)
+            if skeleton is not None:
+                injection = inject(skeleton.model, adapter)
+                faults.found += injection.faults
     if skeleton is not None and base is not None:
         with faults.at("--original"):
             original = _open_original(recipe, skeleton)
+        with faults.at("--previous"):
+            previous = _open_previous(recipe, skeleton)
         with faults.at("--bits, --group-size"):
             settings = _settings(recipe, base)
             targets = _targets(base, skeleton)
             faults.found += _misfits(skeleton, targets, settings.spec)
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
-    if faults.found or not (skeleton and base and injection and settings and texts):
+    if faults.found or not (skeleton and base and settings and texts):
         return None
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
@@ -99,6 +102,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         skeleton=skeleton,
         base=base,
         original=original,
+        previous=previous,
         injection=injection,
         tokenizer_folder=tokenizer_folder,
         calibration=calibration,
@@ -109,7 +113,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         calibration_at_once=_calibration_at_once(recipe, skeleton, calibration),
         evaluation_at_once=max(1, EVALUATION_TOKENS // calibration.tokens.shape[1]),
         device=pick_device(recipe.device),
-        notes=(*notes, *injection.notes),
+        notes=(*notes, *(injection.notes if injection else ())),
     )
 
 
@@ -143,6 +147,12 @@ def _open_original(recipe: Recipe, skeleton: Skeleton) -> Weights | None:
             hint="give the 16-bit model that the base was quantized from",
         )
     return original
+
+
+def _open_previous(recipe: Recipe, skeleton: Skeleton) -> Weights | None:
+    if recipe.previous is None:
+        return None
+    return open_weights(Checkpoint.open(recipe.previous), skeleton)
 
 
 def _texts(

@@ -19,6 +19,7 @@ from qmerge.options import (
     FOLDER,
     FRACTION,
     NBYTES,
+    SHARE,
     SPEC,
     SWITCH,
     TEXT,
@@ -81,6 +82,28 @@ class Scoring:
         False, SWITCH, "Machine", "Run model code that comes with the checkpoint."
     )
 
+    max_ppl_increase: float | None = option(
+        None,
+        SHARE,
+        "Gate",
+        "Highest increase of perplexity against the reference, on every corpus.",
+        unset="no limit",
+    )
+    max_kl: float | None = option(
+        None,
+        SHARE,
+        "Gate",
+        "Highest mean KL from the reference, in nats per token, on every corpus.",
+        unset="no limit",
+    )
+    min_same_top: float | None = option(
+        None,
+        SHARE,
+        "Gate",
+        "Lowest share of tokens on which the likeliest one is the reference's, on every corpus.",
+        unset="no limit",
+    )
+
     def eval_texts(self) -> tuple[EvalText, ...]:
         """The evaluation corpora with name and role, in the order given; names may collide."""
         named = [_named(text, _corpus_name) for text in self.eval]
@@ -114,7 +137,9 @@ class Recipe(Scoring):
     base: Path = option(
         MISSING, FOLDER, "Models", "The base that the adapter was trained on, 4-bit or dense."
     )
-    adapter: Path = option(MISSING, FOLDER, "Models", "The adapter, as PEFT saved it.")
+    adapter: Path | None = option(
+        None, FOLDER, "Models", "The adapter, as PEFT saved it.", unset="required by run"
+    )
     out: Path = option(MISSING, FOLDER, "Models", "The release; must not exist yet.")
     original: Path | None = option(
         None, FOLDER, "Models", "The 16-bit original of the base.", unset="none"
@@ -125,6 +150,13 @@ class Recipe(Scoring):
         "Models",
         "Merge onto the decoded base, onto the original, or make both and publish the one that is"
         " nearer to what was trained.",
+    )
+    previous: Path | None = option(
+        None,
+        FOLDER,
+        "Models",
+        "An earlier release, to be scored as an arm of its own and compared with the new one.",
+        unset="none",
     )
     calibration: str | None = option(
         None,
@@ -171,6 +203,13 @@ class Recipe(Scoring):
         "Quantizer",
         "How the release is written.",
         unset="gptq, or gptq_v2 with --asym",
+    )
+    min_survival: float | None = option(
+        None,
+        SHARE,
+        "Gate",
+        "Lowest survival of the adapter over the whole model.",
+        unset="no limit",
     )
     seed: int = option(0, whole(0), "Machine", "Seed of everything that is drawn.")
     restart: bool = option(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ from qmerge.formats.writing import quantization_config
 from qmerge.job import Job
 from qmerge.names import WEIGHT, module_of
 from qmerge.provenance import CARD
-from qmerge.report import render_card, render_json
+from qmerge.report import render, render_card, render_json
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint, folder_side_files
 from qmerge.storage.shards import copy_file, write_json, write_text
 
 REPORT = "qmerge_report.json"
 RECIPE = "qmerge_recipe.yaml"
+PAGE = "report.html"
+END = "\n}\n"
+"""How the report's text ends."""
 OWN_FILES = frozenset(
     (
         "config.json",
@@ -27,7 +32,7 @@ OWN_FILES = frozenset(
         CARD,
         REPORT,
         RECIPE,
-        "report.html",
+        PAGE,
     )
 )
 """Files of a base that speak of its own quantization, and those that a release writes itself."""
@@ -92,8 +97,31 @@ def quantization_settings(job: Job) -> dict[str, Any]:
     )
 
 
-def write_papers(job: Job, folder: Path, result: RunResult) -> None:
-    """Card, recipe and report, the report last: it is what says that the rest is whole."""
-    write_text(folder / CARD, render_card(result, name=job.recipe.out.name))
-    write_text(folder / RECIPE, job.recipe.to_yaml())
-    write_text(folder / REPORT, render_json(result))
+def write_papers(job: Job, folder: Path, result: RunResult) -> RunResult:
+    """Card, recipe, page and, last, the report, which has the digests of all the rest.
+
+    Returns the result with those digests, as the report has it.
+    """
+    assert result.release is not None
+    digests = {
+        CARD: write_text(folder / CARD, render_card(result, name=job.recipe.out.name)),
+        RECIPE: write_text(folder / RECIPE, job.recipe.to_yaml()),
+        PAGE: write_text(folder / PAGE, render(result, "html")),
+    }
+    files = dict(sorted({**result.release.files, **digests}.items()))
+    finished = replace(result, release=replace(result.release, files=files))
+    write_text(folder / REPORT, seal(render_json(finished)))
+    return finished
+
+
+def seal(report: str) -> str:
+    """The report with a last key that digests all before it, so that a change of it shows."""
+    digest = hashlib.sha256(report.encode("utf-8")).hexdigest()
+    return f'{report.removesuffix(END)},\n  "sha256": "{digest}"{END}'
+
+
+def unseal(sealed: str) -> str | None:
+    """The report as it was before it was sealed; None where it carries no seal or another's."""
+    body, _, _ = sealed.rpartition(',\n  "sha256": "')
+    report = body + END
+    return report if seal(report) == sealed else None

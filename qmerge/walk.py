@@ -24,7 +24,7 @@ from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
-from qmerge.model.weights import Weights
+from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.progress import Progress
 from qmerge.results import LayerResult, LinearResult, decode, encode
@@ -35,6 +35,8 @@ from qmerge.storage.shards import ShardRecord, write_shard
 from qmerge.workspace import Workspace
 
 REFERENCE = "trained"
+NOISE = "noise_floor"
+NOISE_WINDOWS = 8
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -62,6 +64,7 @@ class Walk:
         self.records: dict[str, list[ShardRecord]] = {name: [] for name in job.strategies}
         self.timings: dict[str, float] = defaultdict(float)
         self.units = job.skeleton.units()
+        self.rounding = model_dtype(job.base.checkpoint.config)
         self.outer = _outer_weights(job, self.units)
         self.frames = _frames(job, self.outer)
         self.streams = Streams(workspace.streams, _streams(job))
@@ -75,7 +78,8 @@ class Walk:
                 break
             self._take_over(finished[unit.label])
         if finished:
-            last = list(finished.values())[-1]
+            # The head moves no hidden states: those of the layer before it are the last.
+            last = [event for event in finished.values() if event["streams"]][-1]
             self.streams.generation = int(last["generation"])
             self.streams.check(last["streams"])
         return set(finished)
@@ -86,6 +90,9 @@ class Walk:
             for arm in arm_names(self.job):
                 for corpus in self.job.evaluation:
                     self._enter(self.frames[arm], key_of(arm, corpus.name), corpus.tokens)
+            for corpus in self.job.evaluation:
+                few = corpus.tokens[:NOISE_WINDOWS]
+                self._enter(self.frames[REFERENCE], key_of(NOISE, corpus.name), few)
             for strategy in self.job.strategies:
                 key = calibration_key(strategy)
                 self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
@@ -102,12 +109,18 @@ class Walk:
             with self._timed("substitute"):
                 origins["substitute"] = self._placed(self.job.original.unit(unit))
         merged = self._merged(unit, origins, result)
-        self._advance_dense(unit, "quantized_base", base, result)
+        self._advance_noise(unit, merged["dequantize"])
+        if self.job.injection is not None:
+            self._advance_dense(unit, "quantized_base", base, result)
         if self.job.original is not None:
             self._advance_dense(unit, "original", origins["substitute"], result)
+        if self.job.previous is not None:
+            previous = self._placed(self.job.previous.unit(unit))
+            self._advance_dense(unit, "previous", previous, result)
         shards = {}
         for strategy in self.job.strategies:
-            self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
+            if self.job.injection is not None:
+                self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
             shards[strategy] = self._requantize(
                 unit, strategy, merged[strategy], origins[strategy], result
             )
@@ -126,22 +139,49 @@ class Walk:
                 self.frames, self._last, self.job.evaluation, REFERENCE, self.progress.doing
             )
 
+    def noise(self) -> tuple[Scored, ...]:
+        """The first windows of each corpus, scored in full precision and in 16 bits."""
+        few = [
+            replace(corpus, tokens=corpus.tokens[:NOISE_WINDOWS]) for corpus in self.job.evaluation
+        ]
+        frames = {arm: self.frames[REFERENCE] for arm in (REFERENCE, NOISE)}
+        with self._timed("score"):
+            return score(frames, self._last, few, REFERENCE, self.progress.doing)
+
     # One layer
 
     def _merged(
         self, unit: Unit, origins: Mapping[str, Tensors], result: _LayerNotes
     ) -> dict[str, Tensors]:
-        """The `trained` arm one layer onward, and the merged weights of each strategy."""
+        """The `trained` arm one layer onward, and the merged weights of each strategy.
+
+        Those on the decoded base are always there: they are the `trained` arm's own.
+        """
         merged: dict[str, Tensors] = {}
         with self._timed("merge"):
-            live = live_layer(self.job.injection, unit, origins["dequantize"]).to(self.job.device)
+            live = self._live(unit, origins["dequantize"])
         self._advance(unit, REFERENCE, live, result)
-        for strategy in self.job.strategies:
-            with self._timed("merge"):
-                if strategy != "dequantize":
-                    live = live_layer(self.job.injection, unit, origins[strategy])
-                merged[strategy] = merge_layer(self.job.injection, live.to(self.job.device))
+        with self._timed("merge"):
+            merged["dequantize"] = merge_layer(self.job.injection, live)
+            if "substitute" in self.job.strategies:
+                live = self._live(unit, origins["substitute"])
+                merged["substitute"] = merge_layer(self.job.injection, live)
         return merged
+
+    def _live(self, unit: Unit, weights: Tensors) -> nn.Module:
+        live = live_layer(self.job.skeleton, self.job.injection, unit, weights)
+        return live.to(self.job.device)
+
+    def _advance_noise(self, unit: Unit, merged: Tensors) -> None:
+        """`trained` with weights and outputs in 16 bits: what no release could be nearer than."""
+        layer = self.job.skeleton.layer(unit.index)
+        fill(layer, {name: t.to(self.rounding).float() for name, t in merged.items()})
+        with self._timed("evaluate"):
+            for corpus in self.job.evaluation:
+                key = key_of(NOISE, corpus.name)
+                at_once = self.job.evaluation_at_once
+                call = self.calls[unit.index]
+                advance(layer, self.streams, key, call, at_once, None, self.rounding)
 
     def _advance_dense(self, unit: Unit, arm: str, weights: Tensors, result: _LayerNotes) -> None:
         layer = self.job.skeleton.layer(unit.index)
@@ -221,7 +261,7 @@ class Walk:
     def _dense(self, parameter: str, strategy: str, value: torch.Tensor) -> torch.Tensor:
         source = self.job.base if strategy == "dequantize" else self.job.original
         assert source is not None
-        if parameter not in self.job.injection.touched:
+        if parameter not in self.job.touched:
             stored = source.as_stored(parameter)
             if stored is not None:
                 return stored
@@ -251,7 +291,7 @@ class Walk:
         return self.streams.read(key_of(arm, corpus), start, stop)
 
     def _base_frame(self) -> Frame:
-        return self.frames["quantized_base"]
+        return self.frames[REFERENCE]
 
     def _length(self) -> int:
         return int(self.job.calibration.tokens.shape[1])
@@ -346,6 +386,10 @@ def _streams(job: Job) -> dict[str, Stream]:
         for corpus in job.evaluation:
             windows, length = corpus.tokens.shape
             found[key_of(arm, corpus.name)] = Stream(windows=windows, length=length, width=width)
+    for corpus in job.evaluation:
+        windows, length = corpus.tokens.shape
+        few = min(windows, NOISE_WINDOWS)
+        found[key_of(NOISE, corpus.name)] = Stream(windows=few, length=length, width=width)
     for strategy in job.strategies:
         windows, length = job.calibration.tokens.shape
         found[calibration_key(strategy)] = Stream(windows=windows, length=length, width=width)
@@ -357,6 +401,8 @@ def _outer_weights(job: Job, units: tuple[Unit, ...]) -> dict[str, Weights]:
     found = {"quantized_base": job.base}
     if job.original is not None:
         found["original"] = job.original
+    if job.previous is not None:
+        found["previous"] = job.previous
     for strategy in dict.fromkeys(("dequantize", *job.strategies)):
         source = job.base if strategy == "dequantize" else job.original
         assert source is not None

@@ -89,7 +89,7 @@ FILES = {
     "model": ("skeleton", "layer", "frame", "weights", "opening", "streams"),
     "stages": ("evaluate", "merge", "requantize"),
     "report": ("words", "text", "json", "markdown", "plots", "html", "card", "plan"),
-    "cli": ("options", "progress", "export", "dequantize", "merge", "run", "plan", "inspect", "evaluate", "demo"),
+    "cli": ("options", "progress", "export", "dequantize", "merge", "quantize", "run", "plan", "inspect", "evaluate", "demo"),
 }
 
 LEVEL = {module: level for level, floor in enumerate(FLOORS) for module in floor.modules}

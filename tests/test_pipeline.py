@@ -239,6 +239,38 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert not stopped.out.exists()
     assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
     run(stopped)
+    timed_or_named = ("qmerge_report.json", "report.html", "README.md", "qmerge_recipe.yaml")
     for path in straight.out.iterdir():
-        if path.name not in ("qmerge_report.json", "README.md", "qmerge_recipe.yaml"):
+        if path.name not in timed_or_named:
             assert path.read_bytes() == (stopped.out / path.name).read_bytes(), path.name
+
+
+def test_quantize_needs_no_adapter(
+    asked: Recipe, tiny_original: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "release"
+    result = run(replace(asked, adapter=None, out=out))
+    assert result.reference == "dense"
+    assert list(result.arms) == ["dense", "release"]
+    tokens = windows(tiny_original, eval_text)
+    expected = perplexity(load(tiny_original), tokens)
+    assert close(result.arms["dense"]["held_out"].perplexity, expected, 1e-4)
+    assert result.survival is None or result.survival.survival is None
+
+
+def test_previous_release_is_an_arm_and_the_gate_speaks(
+    asked: Recipe, nf4_run: tuple[Recipe, RunResult], tiny_nf4: Path, tmp_path: Path
+) -> None:
+    earlier, before = nf4_run
+    out = tmp_path / "release"
+    result = run(
+        replace(asked, base=tiny_nf4, out=out, previous=earlier.out, bits=2, max_kl=1e-6)
+    )
+    arm = result.arms["previous"]["held_out"]
+    assert close(arm.perplexity, before.arms["release"]["held_out"].perplexity, 1e-6)
+    assert result.change_from_previous["held_out"].ratio > 1
+    assert [verdict.passed for verdict in result.gate] == [False]
+    assert (out / "qmerge_report.json").is_file()
+    floor = result.noise_floor["held_out"].kl
+    assert floor is not None
+    assert 0 < floor.mean < result.arms["release"]["held_out"].kl.mean

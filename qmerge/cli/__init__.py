@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from qmerge import __version__
 from qmerge.errors import Fault, PlanError, QmergeError
 
 # Each is a module qmerge.cli.NAME with a click command called `command`.
-COMMANDS = ("run", "plan", "inspect", "evaluate", "dequantize", "merge", "demo")
+COMMANDS = ("run", "plan", "inspect", "evaluate", "dequantize", "merge", "quantize", "demo")
 
 INTERRUPTED = 130
 INTERNAL = 3
@@ -49,7 +50,11 @@ def group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code."""
+    """Run the command line and leave with its exit code.
+
+    SIGTERM ends it as Ctrl-C does: an exception, so that files and locks are let go in order.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(status(arguments))
 
 
@@ -58,8 +63,10 @@ def status(arguments: Sequence[str] | None = None) -> int:
     try:
         outcome = group.main(arguments, prog_name="qmerge", standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
-    except (KeyboardInterrupt, click.Abort):
-        _tell("interrupted")
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click raises Abort from the interrupt, whose notes say what has been kept.
+        notes = getattr(error.__cause__ or error, "__notes__", ())
+        _tell("interrupted", "; ".join(notes) or None)
         return INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
@@ -38,12 +38,13 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-def recipe_options(recipe: type[Any]) -> Callable[[F], F]:
+def recipe_options(recipe: type[Any], *, without: Container[str] = ()) -> Callable[[F], F]:
     """One flag per field of the recipe class; a flag that was not given is passed as None."""
 
     def wrap(command: F) -> F:
         for each in reversed(options(recipe)):
-            command = _flag(each)(command)
+            if each.name not in without:
+                command = _flag(each)(command)
         return command
 
     return wrap

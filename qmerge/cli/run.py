@@ -8,6 +8,7 @@ import click
 
 from qmerge.cli.options import Command, json_option, recipe_options
 from qmerge.cli.progress import display
+from qmerge.errors import RecipeError
 from qmerge.options import build
 from qmerge.recipe import Recipe
 
@@ -16,14 +17,17 @@ from qmerge.recipe import Recipe
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @recipe_options(Recipe)
 @json_option
-def command(recipe: Path | None, as_json: bool, **flags: object) -> None:
+def command(recipe: Path | None, as_json: bool, **flags: object) -> int:
     """Merge, requantize, and measure what that cost.
 
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
     --sym); flags win over it. The release, its report and the recipe that makes it again are
-    written to --out; the table of arms goes to stdout.
+    written to --out; the table of arms goes to stdout. Where a limit of the gate falls, the
+    release and its report stay, and the exit code is 1.
     """
     asked = build(Recipe, flags, file=recipe)
+    if asked.adapter is None:
+        raise RecipeError("missing: --adapter", hint="`qmerge quantize` is for models without one")
 
     with display() as progress:
         from qmerge.pipeline import run
@@ -33,3 +37,4 @@ def command(recipe: Path | None, as_json: bool, **flags: object) -> None:
     from qmerge.report import render
 
     click.echo(render(result, "json" if as_json else "text").rstrip())
+    return 0 if all(verdict.passed for verdict in result.gate) else 1

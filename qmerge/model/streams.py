@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import StorageError
+from qmerge.storage.shards import sync_folder, translated
 
 BYTES_AT_ONCE = 1 << 26
 
@@ -67,7 +68,7 @@ class Streams:
         hidden = torch.empty(stop - start, stream.length, stream.width)
         view = _bytes_of(hidden)
         path = self._path(key, generation)
-        with path.open("rb") as file:
+        with translated(path), path.open("rb") as file:
             file.seek(4 * start * stream.length * stream.width)
             if file.readinto(view) != len(view):
                 raise StorageError(
@@ -81,7 +82,7 @@ class Streams:
         path = self._path(key, self.generation ^ 1)
         begin = key not in self._written
         data = _bytes_of(hidden_WSH.float().contiguous().cpu())
-        with path.open("wb" if begin else "ab") as file:
+        with translated(path), path.open("wb" if begin else "ab") as file:
             file.write(data)
         self._digests.setdefault(key, hashlib.sha256()).update(data)
         self._written[key] = self._written.get(key, 0) + len(data)
@@ -90,8 +91,10 @@ class Streams:
         """Force the new generation to disk; its digests by key. Call `turn` once journalled."""
         for key, stream in self._streams.items():
             assert self._written.get(key) == stream.nbytes, key
-            with self._path(key, self.generation ^ 1).open("rb") as file:
+            path = self._path(key, self.generation ^ 1)
+            with translated(path), path.open("rb") as file:
                 os.fsync(file.fileno())
+        sync_folder(self.folder)
         return {key: digest.hexdigest() for key, digest in self._digests.items()}
 
     def turn(self) -> None:

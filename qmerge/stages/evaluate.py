@@ -27,17 +27,25 @@ def key_of(arm: str, corpus: str) -> str:
 
 
 def advance(
-    layer: nn.Module, streams: Streams, key: str, call: Call, at_once: int, reference: str | None
+    layer: nn.Module,
+    streams: Streams,
+    key: str,
+    call: Call,
+    at_once: int,
+    reference: str | None,
+    round_to: torch.dtype | None = None,
 ) -> tuple[float, float]:
     """Run a stream through one layer, a few windows at a time.
 
-    Returns the squared distance of the new hidden states from those of the stream `reference`,
+    `round_to` rounds what comes out, as a runtime of that dtype would. Returns the squared distance of the new hidden states from those of the stream `reference`,
     which has been advanced before, and the squared norm of the latter.
     """
     distance = norm = 0.0
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
     for start, stop in batches(streams.stream(key).windows, at_once):
         hidden = run(layer, streams.read(key, start, stop).to(device), call).cpu()
+        if round_to is not None:
+            hidden = hidden.to(round_to).float()
         streams.append(key, hidden)
         if reference is not None:
             expected = streams.fresh(reference, start, stop)

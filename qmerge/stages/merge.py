@@ -1,4 +1,7 @@
-"""Put the adapter on one unit of the base: live for the `trained` arm, merged for the release."""
+"""Put the adapter on one unit of the base: live for the `trained` arm, merged for the release.
+
+Without an adapter a live layer is the plain one, and merging it changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,33 @@ import torch
 from torch import nn
 
 from qmerge.adapters import Injection
+from qmerge.model.layer import fill
+from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
 
 
-def live_layer(injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+def live_layer(
+    skeleton: Skeleton,
+    injection: Injection | None,
+    unit: Unit,
+    weights: Mapping[str, torch.Tensor],
+) -> nn.Module:
     """The decoder layer as training saw it: `weights` (names relative to the unit) with the
     adapter running on top."""
+    if injection is None:
+        layer = skeleton.layer(unit.index)
+        fill(layer, weights)
+        return layer
     layer = injection.live(unit.path)
     injection.fill(layer, weights)
-    layer.requires_grad_(False)
-    return layer.eval()
+    return layer.requires_grad_(False).eval()
 
 
-def merge_layer(injection: Injection, live: nn.Module) -> dict[str, torch.Tensor]:
+def merge_layer(injection: Injection | None, live: nn.Module) -> dict[str, torch.Tensor]:
     """PEFT's own merge of a live layer, which is consumed: float32, relative names."""
+    if injection is None:
+        return dict(live.state_dict())
     return injection.merge(live)
 
 
@@ -45,11 +60,12 @@ def merge_outer(
     return changed
 
 
-def outer_weights(injection: Injection, units: Iterable[Unit], source: Weights) -> Weights:
+def outer_weights(injection: Injection | None, units: Iterable[Unit], source: Weights) -> Weights:
     """A checkpoint whose parameters outside the layers carry the adapter, in float32."""
     changed: dict[str, torch.Tensor] = {}
-    for unit in units:
-        touched = any(name in injection.touched for name in unit.parameters)
-        if unit.kind != "layer" and touched:
-            changed |= merge_outer(injection, unit, source.unit(unit))
+    if injection is not None:
+        for unit in units:
+            touched = any(name in injection.touched for name in unit.parameters)
+            if unit.kind != "layer" and touched:
+                changed |= merge_outer(injection, unit, source.unit(unit))
     return replace(source, changed=changed) if changed else source
