@@ -1,0 +1,21 @@
+"""Adapters of every kind that PEFT can merge, without the model's weights in memory."""
+
+from qmerge.adapters.chain import Chain, Change
+from qmerge.adapters.combine import METHODS, combine
+from qmerge.adapters.inject import inject
+from qmerge.adapters.injection import Injection
+from qmerge.adapters.overlay import Overlay, overlay
+from qmerge.adapters.source import Adapter, open_adapter
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Chain",
+    "Change",
+    "Injection",
+    "Overlay",
+    "combine",
+    "inject",
+    "open_adapter",
+    "overlay",
+]

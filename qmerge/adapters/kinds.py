@@ -1,0 +1,111 @@
+"""Which adapters can become weights. The list is the installed PEFT's; the reasons are ours.
+
+A kind is refused by name where what it adds depends on the input, the prompt or the task, so that
+no weight can hold it. Everything else PEFT merges itself, and `inject` proves on a small sample
+that it does before it is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PROMPT_REASON = "it learns vectors that are put before the prompt or into the cache, not weights"
+
+REFUSED_KINDS = (
+    ("ADAPTION_PROMPT", "it adds gated prompt tokens inside attention, not weights"),
+    ("LILY", "a router chooses among its matrices for each input"),
+    ("POLY", "it mixes its skills by a task number given at run time"),
+    ("SHADOW", "it steers hidden states beside the model, not weights"),
+    ("XLORA", "it weighs several adapters anew for every token"),
+)
+"""Kinds whose effect is no change of weights, beside those that PEFT marks as prompt learning."""
+
+BASE_SHAPED_KINDS = (
+    (
+        "ADAMSS",
+        "its shapes follow from clustering the base's weights, which no plan can check",
+    ),
+)
+"""Kinds of which nothing can be checked before the base is read."""
+
+SETTLING_KINDS = ("ADALORA", "FROD", "SHIRA", "UNILORA")
+"""Kinds that compute with values while they are injected, which meta cannot or forgets."""
+
+REFUSED_OPTIONS = (
+    ("alora_invocation_tokens", "aLoRA is active only after its invocation tokens"),
+    ("arrow_config", "an Arrow router weighs several adapters anew for every token"),
+    ("use_qalora", "QALoRA pools the layer's input, and PEFT cannot merge it"),
+    ("megatron_config", "it belongs to Megatron's parallel layers"),
+    ("layer_replication", "it repeats decoder layers, so one weight would need several updates"),
+)
+"""LoRA options with the same fault."""
+
+BASE_INITS = (
+    ("corda", "CorDA took a part out of the base that only its calibration data can find again"),
+    ("lora_ga", "LoRA-GA took a part out of the base: merge onto the base saved after that step"),
+    ("loftq", "LoftQ starts from the quantization error of its base, so it needs that base"),
+    (
+        "pissa",
+        "PiSSA moved a part of the base into the adapter; merge onto the base it started from",
+    ),
+    (
+        "olora",
+        "OLoRA moved a part of the base into the adapter; merge onto the base it started from",
+    ),
+    ("eva", "EVA chose its start from activations of the base; the base itself is unchanged"),
+)
+"""LoRA starts that look at the base. Prefixes of `init_lora_weights`."""
+
+UNREPEATABLE_INIT = "corda"
+QUANTIZED_INIT = "loftq"
+
+
+def registry_kinds() -> dict[str, str | None]:
+    """Every kind of the installed PEFT, with the reason for refusing it or None."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value: kind_refusal(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def kind_refusal(kind: str) -> str | None:
+    """Why adapters of this kind cannot be merged, or None. `kind` is PEFT's `peft_type`."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    reasons = dict((*REFUSED_KINDS, *BASE_SHAPED_KINDS))
+    if kind in reasons:
+        return reasons[kind]
+    known = {peft_type.value: peft_type for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind not in known:
+        return "the installed PEFT does not know it"
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]], PromptLearningConfig):
+        return PROMPT_REASON
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[known[kind]]
+    if not hasattr(tuner, "merge_and_unload"):
+        return "the installed PEFT has no merge for it"
+    return None
+
+
+def refusal(config: Mapping[str, Any]) -> str | None:
+    """Why the adapter with this `adapter_config.json` cannot be merged, or None."""
+    reason = kind_refusal(str(config.get("peft_type")))
+    if reason:
+        return reason
+    if config["peft_type"] == "FROD" and not config.get("save_projection", True):
+        return "its projections were not saved; they follow from the weights of all layers at once"
+    for option, why in REFUSED_OPTIONS:
+        if config.get(option):
+            return f"{option}: {why}"
+    init = base_init(config)
+    if init and init[0] == UNREPEATABLE_INIT:
+        return f"init_lora_weights {config['init_lora_weights']!r}: {init[1]}"
+    return None
+
+
+def base_init(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The start that looked at the base, as (name, what that means for merging), or None."""
+    start = config.get("init_lora_weights")
+    if not isinstance(start, str):
+        return None
+    return next((entry for entry in BASE_INITS if start.lower().startswith(entry[0])), None)

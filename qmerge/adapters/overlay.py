@@ -1,0 +1,106 @@
+"""A partial state: trained parameters that replace the base's as a whole.
+
+Trainers that unfreeze parts of a model (Qwen-VL's scripts and their kin) save those with
+`torch.save` and load them with `strict=False`, so that a name nobody knows is dropped in silence.
+Here every name has to land.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.adapters import unit
+from qmerge.adapters.landing import DOUBLED, LEFT_OVER, listed, wrong_values
+from qmerge.adapters.source import read_tensors
+from qmerge.adapters.spelling import understand
+from qmerge.errors import AdapterError, Fault
+
+BASE_LAYER = ".base_layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """Whole parameters over a model's own. It may be used where `faults` is empty."""
+
+    path: Path
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+    renamed: Mapping[str, str]
+    touched: frozenset[str]
+    left_out: tuple[str, ...] = ()
+    unties: bool
+    model: Any = field(repr=False)
+    values: Mapping[str, torch.Tensor] = field(repr=False)
+    """By plain parameter name."""
+
+    def live(self, path: str) -> nn.Module:
+        """A copy of the submodule at a plain path, on meta."""
+        module: nn.Module = copy.deepcopy(self.model.get_submodule(path))
+        module.__dict__[unit.PATH] = path
+        return module.eval().requires_grad_(False)
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put base weights into a live module, or the trained ones where there are such."""
+        path = module.__dict__[unit.PATH]
+        own = {n: self.values[full].float() for n, full in unit.below(self.values, path).items()}
+        unknown = unit.put(module, {**tensors, **own})
+        if unknown:
+            raise AdapterError(f"{path} has no parameter {unknown[0]!r}")
+
+    def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Every parameter by plain relative name."""
+        return {name: parameter.data for name, parameter in module.named_parameters()}
+
+
+def overlay(model: Any, file: Path) -> Overlay:
+    """Match a partial state to a model on the meta device.
+
+    Raises AdapterError for a file that is damaged, or a pickle with more in it than tensors.
+    """
+    tensors = read_tensors(file)
+    places = {slot.name: slot.parameter for slot in unit.base_slots(model)}
+    found = {name.replace(BASE_LAYER, ""): name for name in tensors}
+    spelling = understand(found, places)
+    named = {target: tensors[found[name]] for name, target in spelling.names.items()}
+    landed = {name: tensor for name, tensor in named.items() if name in places}
+    where = str(file)
+    faults = (
+        *listed(where, [f"{a} = {b}" for a, b in spelling.doubled], DOUBLED),
+        *listed(where, sorted(named.keys() - places.keys()), LEFT_OVER),
+        *wrong_values(landed, places, where),
+    )
+    values, unties = _over_ties(landed, places)
+    return Overlay(
+        path=file,
+        faults=faults,
+        notes=(f"{file} replaces {len(landed)} parameters as a whole",),
+        renamed={
+            found[name]: target for name, target in spelling.names.items() if found[name] != target
+        },
+        touched=frozenset(values),
+        unties=unties,
+        model=copy.deepcopy(model),
+        values=values,
+    )
+
+
+def _over_ties(
+    landed: Mapping[str, torch.Tensor], places: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """`landed` under every name of a tied parameter, and whether two names got different values."""
+    values = dict(landed)
+    first: dict[int, torch.Tensor] = {}
+    for name, tensor in landed.items():
+        first.setdefault(id(places[name]), tensor)
+    for name, place in places.items():
+        if id(place) in first:
+            values.setdefault(name, first[id(place)])
+    differs = (not torch.equal(first[id(places[name])], tensor) for name, tensor in values.items())
+    return values, any(differs)

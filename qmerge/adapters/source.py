@@ -1,0 +1,246 @@
+"""An adapter's folder: its configuration, names and shapes in its file, tensors on demand."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmerge.adapters.kinds import QUANTIZED_INIT, base_init, refusal
+from qmerge.adapters.spelling import bare
+from qmerge.errors import AdapterError, CheckpointError
+from qmerge.storage.headers import TensorInfo, read_header
+from qmerge.storage.pickled import PickledFile
+
+CONFIG_NAME = "adapter_config.json"
+SAFE_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+RETRY_HINT = "copy the adapter again from where training saved it, as safetensors where you can"
+EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+SHOWN_OPTIONS = (
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "exclude_modules",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter as it lies in its folder. Only headers have been read."""
+
+    path: Path
+    kind: str
+    """PEFT's `peft_type`."""
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    refusal: str | None
+    """Why it cannot be merged, or None."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know: options that the installed PEFT ignores and the like."""
+    held: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+    """Tensors of an adapter that was made in memory and lies in no file."""
+
+    @property
+    def rank(self) -> int | None:
+        return self.config.get("r") if isinstance(self.config.get("r"), int) else None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Module names or the one pattern that the adapter applies to, as training was told."""
+        names = self.config.get("target_modules") or ()
+        parameters = self.config.get("target_parameters") or ()
+        return (*((names,) if isinstance(names, str) else sorted(names)), *sorted(parameters))
+
+    @property
+    def base_name(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.config.get("revision") or None
+
+    def base_mismatch(self, *folders: Path) -> str | None:
+        """What to warn of where none of `folders` is named like the base it was trained on."""
+        name = (self.base_name or "").rstrip("/").rpartition("/")[2]
+        if not name or name in {folder.resolve().name for folder in folders}:
+            return None
+        revision = f" at revision {self.base_revision}" if self.base_revision else ""
+        return f"{self.path / CONFIG_NAME} names the base {self.base_name}{revision}"
+
+    @property
+    def base_reason(self) -> str | None:
+        """What the adapter's start means for the base it is merged onto, or None."""
+        init = base_init(self.config)
+        return init[1] if init else None
+
+    @property
+    def needs_quantized_base(self) -> bool:
+        """Whether only the quantized base is right, so that the original must not replace it."""
+        init = base_init(self.config)
+        return bool(init and init[0] == QUANTIZED_INIT)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of a whole embedding or head that the adapter brings, or None where it has none."""
+        whole = (t.shape[0] for name, t in self.tensors.items() if _is_embedding(name))
+        return max(whole, default=None)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `inspect` prints; plain values only."""
+        return {
+            "kind": self.kind,
+            "rank": self.rank,
+            "alpha": self.config.get("lora_alpha"),
+            "targets": list(self.targets),
+            "modules_to_save": list(self.config.get("modules_to_save") or ()),
+            "options": [name for name in SHOWN_OPTIONS if self.config.get(name)],
+            "base": self.base_name,
+            "tensors": len(self.tensors),
+            "parameters": sum(_count(tensor.shape) for tensor in self.tensors.values()),
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}),
+            "refusal": self.refusal,
+            "notes": list(self.notes),
+        }
+
+    def peft_config(self) -> Any:
+        """A fresh PEFT configuration object, set for inference."""
+        return _peft_config(self.config, self.path)[0]
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All tensors in their stored dtype, backed by the mapped file where it is safetensors."""
+        if self.held is not None:
+            return dict(self.held)
+        return read_tensors(weights_file(self.path))
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """Read an adapter folder's configuration and the header of its weights.
+
+    Raises AdapterError for a folder that is no adapter, is damaged, or hides code in a pickle. A
+    kind that cannot be merged is no error here: it stands in `refusal`.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    reason = refusal(config)
+    notes: tuple[str, ...] = ()
+    if reason is None:
+        _, notes = _peft_config(config, folder)
+    return Adapter(
+        path=folder,
+        kind=str(config["peft_type"]),
+        config=config,
+        tensors=_headers(weights_file(folder)),
+        refusal=reason,
+        notes=notes,
+    )
+
+
+def weights_file(folder: Path) -> Path:
+    """The file that PEFT would load: safetensors first."""
+    for name in (SAFE_NAME, PICKLE_NAME):
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterError(f"{folder}: neither {SAFE_NAME} nor {PICKLE_NAME} is there", hint=RETRY_HINT)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = (
+            f"give one of its folders: {', '.join(inner)}"
+            if inner
+            else "give the folder that PEFT saved"
+        )
+        raise AdapterError(f"{folder}: no {CONFIG_NAME}", hint=hint)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file}: not readable as JSON: {error}", hint=RETRY_HINT) from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise AdapterError(f"{file}: no peft_type", hint="give the folder that PEFT saved")
+    return config
+
+
+def _peft_config(config: Mapping[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    values = {key: value for key, value in config.items() if key != "runtime_config"}
+    init = base_init(config)
+    if init and init[0] == QUANTIZED_INIT:
+        # The base in hand is the quantized one already; PEFT would quantize it once more.
+        values["init_lora_weights"] = True
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = kind.from_peft_type(**kind.check_kwargs(**values))
+    except Exception as error:
+        raise AdapterError(
+            f"{path / CONFIG_NAME}: PEFT refuses this configuration: {error}",
+            hint="check the option it names, or the version of PEFT it was saved with",
+        ) from error
+    made.inference_mode = True
+    if hasattr(made, "progressbar"):
+        made.progressbar = False
+    return made, tuple(dict.fromkeys(str(warning.message) for warning in caught))
+
+
+def _headers(file: Path) -> dict[str, TensorInfo]:
+    with _as_adapter_error():
+        found = read_header(file) if _is_safe(file) else PickledFile(file).header()
+    if not found:
+        raise AdapterError(f"{file}: holds no tensors", hint=RETRY_HINT)
+    return dict(sorted(found.items()))
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Named tensors of a safetensors file or a pickle, mapped rather than read.
+
+    Raises AdapterError for a file that is missing, damaged, or could run code.
+    """
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise AdapterError(f"{file}: no such file", hint="give the file that training saved")
+    with _as_adapter_error():
+        if _is_safe(file):
+            read_header(file)
+            return dict(load_file(file))
+        pickled = PickledFile(file)
+        return {name: pickled.get_tensor(name) for name in pickled.header()}
+
+
+def _is_safe(file: Path) -> bool:
+    return file.suffix == ".safetensors"
+
+
+@contextmanager
+def _as_adapter_error() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=RETRY_HINT) from error
+
+
+def _is_embedding(name: str) -> bool:
+    *_, module, leaf = ("", *(part for part in bare(name).split(".") if part != "base_layer"))
+    return leaf == "weight" and module in EMBEDDING_NAMES
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,151 @@
+"""A walk over every kind that the installed PEFT knows: merged as PEFT merges it, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from qmerge.adapters import inject, open_adapter
+from qmerge.adapters.kinds import kind_refusal, refusal, registry_kinds
+from qmerge.errors import AdapterError
+from tests.adapters import tiny
+
+LINEARS = ["q_proj", "down_proj"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10, "init_r": 4},
+    "BEFT": {"target_modules": ["q_proj"]},
+    "BOFT": {"boft_block_size": 8},
+    "C3A": {"block_size": 8},
+    "DEFT": {},
+    "DELORA": {},
+    "FOURIERFT": {"n_frequency": 20},
+    "FROD": {},
+    "GLORA": {},
+    "GRALORA": {},
+    "HIRA": {},
+    "HRA": {"r": 4},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
+    "LOHA": {},
+    "LOKR": {},
+    "LORA": {},
+    "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 8, "r": 0},
+    "OSF": {},
+    "PEANUT": {},
+    "PSOFT": {},
+    "PVERA": {},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 2},
+    "SUPERTUNING": {},
+    "TINYLORA": {},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 2]},
+    "UNILORA": {},
+    "VBLORA": {"vector_length": 8, "num_vectors": 16, "r": 2},
+    "VERA": {"r": 4},
+    "WAVEFT": {"n_frequency": 20},
+}
+REFUSED = {
+    "ADAMSS",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "LILY",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "XLORA",
+}
+
+
+def test_every_kind_of_peft_is_known_here() -> None:
+    kinds = registry_kinds()
+    assert {kind for kind, reason in kinds.items() if reason} == REFUSED
+    assert {kind for kind, reason in kinds.items() if not reason} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_kind_equals_merge_and_unload(kind: str, tmp_path: Path) -> None:
+    biased: Any = {"attention_bias": True}
+    base = tiny.model(**biased)
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"target_modules": LINEARS, **OPTIONS[kind]})
+    folder = tiny.train(base, made, tmp_path)
+    want = tiny.reference(base, folder)
+    injection = tiny.injected(folder, **biased)
+    assert injection.faults == ()
+    assert tiny.differing(tiny.merged(injection, base), want) == set()
+    assert injection.touched >= tiny.differing(base.state_dict(), want)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = LoraConfig(target_modules=["q_proj"])
+    return tiny.train(tiny.model(), options, tmp_path_factory.mktemp("plain"))
+
+
+def edited(adapter: Path, folder: Path, **values: Any) -> Path:
+    """A copy of an adapter with other options in its configuration."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_what_cannot_be_weights_is_refused_by_name(kind: str, plain: Path, tmp_path: Path) -> None:
+    folder = edited(plain, tmp_path, peft_type=kind)
+    adapter = open_adapter(folder)
+    assert adapter.refusal == kind_refusal(kind)
+    with pytest.raises(AdapterError, match=f"a {kind} adapter cannot be merged: ") as raised:
+        inject(tiny.skeleton(), adapter)
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 1}),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("init_lora_weights", "corda"),
+        ("use_qalora", True),
+    ],
+)
+def test_lora_that_cannot_be_weights_is_refused(
+    option: str, value: Any, plain: Path, tmp_path: Path
+) -> None:
+    folder = edited(plain, tmp_path, **{option: value})
+    assert option in str(open_adapter(folder).refusal)
+
+
+def test_unknown_kind_is_refused_by_name() -> None:
+    assert "does not know" in str(refusal({"peft_type": "SOMETHING_NEW"}))
+
+
+def test_projections_that_need_every_layer_are_refused() -> None:
+    assert refusal({"peft_type": "FROD", "save_projection": True}) is None
+    assert "all layers" in str(refusal({"peft_type": "FROD", "save_projection": False}))
+
+
+@pytest.mark.parametrize(
+    ("start", "needs"), [("loftq", True), ("pissa_niter_4", False), ("olora", False), (True, False)]
+)
+def test_starts_that_looked_at_the_base(
+    start: Any, needs: bool, plain: Path, tmp_path: Path
+) -> None:
+    folder = edited(
+        plain, tmp_path, init_lora_weights=start, loftq_config={"loftq_bits": 4, "loftq_iter": 1}
+    )
+    adapter = open_adapter(folder)
+    assert adapter.needs_quantized_base is needs
+    assert (adapter.base_reason is None) == (start is True)
