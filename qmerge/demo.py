@@ -43,7 +43,7 @@ def recipe(*, texts: Path, out: Path) -> Recipe:
     """The demo's job, for the texts that `write_texts` left in `texts`."""
     return Recipe(
         base=BASE,
-        adapter=ADAPTER,
+        adapter=(str(ADAPTER),),
         original=ORIGINAL,
         out=out,
         strategy="auto",

@@ -33,7 +33,7 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
     if job is None:
         return PlanSummary(
             base=str(recipe.base),
-            adapter=str(recipe.adapter or ""),
+            adapter=", ".join(recipe.adapter),
             out=str(recipe.out),
             faults=listing,
             hints=hints,
@@ -65,10 +65,10 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
 
 
 def _adapter(job: Job) -> str:
-    if job.injection is None:
-        return ""
-    adapter = job.injection.adapter
-    return f"{job.recipe.adapter} ({adapter.kind}, rank {adapter.rank})"
+    told = [f"{each.path} ({each.kind}, rank {each.rank})" for each in job.adapters]
+    if job.recipe.partial_state is not None:
+        told.append(str(job.recipe.partial_state))
+    return ", ".join(told)
 
 
 def _planned(job: Job, unit: Unit) -> PlannedUnit:

@@ -17,7 +17,7 @@ from qmerge.adapters import Injection, inject, open_adapter
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, PlanError
 from qmerge.job import Faults, pick_device
-from qmerge.measure import score_arms
+from qmerge.measure import check_limits, limits_of, score_arms
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model
@@ -89,7 +89,7 @@ def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunRes
 
         scored = score(frames, read, corpora, recipe.reference, progress.doing)
     by_corpus = {s.corpus.name: score_arms(s.stats, recipe.reference) for s in scored}
-    return RunResult(
+    result = RunResult(
         qmerge_version=__version__,
         command="evaluate",
         recipe={"models": list(recipe.models), **plain_recipe(recipe)},
@@ -102,6 +102,7 @@ def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunRes
         timings={"total": time.monotonic() - began},
         peak_rss_bytes=peak_rss(),
     )
+    return replace(result, gate=check_limits(result, limits_of(recipe)))
 
 
 def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qmerge.adapters import Injection
+from qmerge.adapters import Adapter, Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError
 from qmerge.formats.writing import OutputFormat
@@ -39,7 +39,8 @@ class Job:
     base: Weights
     original: Weights | None
     previous: Weights | None
-    injection: Injection | None
+    change: Change | None
+    adapters: tuple[Adapter, ...]
     tokenizer_folder: Path
     calibration: Corpus
     evaluation: tuple[Corpus, ...]
@@ -55,7 +56,7 @@ class Job:
     @property
     def touched(self) -> frozenset[str]:
         """Parameters that the adapter may change."""
-        return self.injection.touched if self.injection is not None else frozenset()
+        return self.change.touched if self.change is not None else frozenset()
 
     def targets_of(self, unit: Unit) -> tuple[str, ...]:
         """Modules of one unit that are quantized, relative to its path."""
@@ -72,7 +73,7 @@ def arm_names(job: Job) -> tuple[str, ...]:
     """The arms that stream through the walk, in the order in which they are told."""
     before = ("original",) if job.original is not None else ()
     after = ("previous",) if job.previous is not None else ()
-    if job.injection is None:  # nothing to merge: the base is what was trained
+    if job.change is None:  # nothing to merge: the base is what was trained
         return (*before, "trained", *(f"release@{s}" for s in job.strategies), *after)
     made = [name for s in job.strategies for name in (f"merged@{s}", f"release@{s}")]
     return (*before, "quantized_base", "trained", *made, *after)

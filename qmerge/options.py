@@ -131,6 +131,8 @@ def choice(*allowed: str | int) -> Kind:
 TEXT = Kind(metavar="TEXT", read=_text)
 SPEC = Kind(metavar="SPEC", read=_text)
 EVALS = Kind(metavar="[NAME=]SPEC", read=_texts, many=True)
+PATTERNS = Kind(metavar="PATTERN", read=_texts, many=True)
+ADAPTERS = Kind(metavar="DIR[@WEIGHT]", read=_texts, many=True)
 FOLDER = Kind(metavar="DIR", read=_path)
 WINDOWS = Kind(metavar="N|all", read=_whole_or_all)
 FRACTION = Kind(metavar="X", read=_fraction)

@@ -26,7 +26,14 @@ from qmerge.measure import (
 from qmerge.options import options
 from qmerge.plan import make_plan
 from qmerge.progress import Progress, Silent
-from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
+from qmerge.provenance import (
+    corpus_record,
+    file_record,
+    folder_record,
+    peak_rss,
+    plain_recipe,
+    versions,
+)
 from qmerge.recipe import Recipe, Scoring
 from qmerge.release import (
     REPORT,
@@ -114,10 +121,12 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
     recipe = job.recipe
     folders = {
         "base": recipe.base,
-        "adapter": recipe.adapter,
         "original": recipe.original,
         "previous": recipe.previous,
     }
+    several = len(recipe.adapter) > 1
+    for number, each in enumerate(recipe.adapters(), start=1):
+        folders[f"adapter {number}" if several else "adapter"] = each.folder
     given = {role: folder for role, folder in folders.items() if folder is not None}
     progress.stage("digest", len(given))
     records = {}
@@ -125,12 +134,11 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
         progress.step(f"{role} {folder}")
         records[role] = folder_record(folder)
     records["base"] = replace(records["base"], format=job.base.format.name)
-    if job.injection is not None:
-        adapter = job.injection.adapter
+    for role, adapter in zip((r for r in records if "adapter" in r), job.adapters, strict=True):
         records["base"] = replace(records["base"], model=adapter.base_name)
-        records["adapter"] = replace(
-            records["adapter"], format=adapter.kind, details={"rank": adapter.rank}
-        )
+        records[role] = replace(records[role], format=adapter.kind, details={"rank": adapter.rank})
+    if recipe.partial_state is not None:
+        records["partial state"] = file_record(recipe.partial_state)
     return records
 
 
@@ -176,7 +184,7 @@ def _result(
     result = RunResult(
         qmerge_version=__version__,
         recipe=plain_recipe(job.recipe),
-        command="run" if job.injection is not None else "quantize",
+        command="run" if job.change is not None else "quantize",
         reference=names[REFERENCE],
         strategy=strategy,
         corpora=Corpora(
@@ -280,7 +288,7 @@ def _named_drift(layer: LayerResult, names: Mapping[str, str]) -> LayerResult:
 
 def _arm_names(job: Job, chosen: str) -> dict[str, str]:
     """What the report calls the reference and the arms of the strategy that is published."""
-    told = REFERENCE if job.injection is not None else DENSE
+    told = REFERENCE if job.change is not None else DENSE
     return {REFERENCE: told, merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
 
 

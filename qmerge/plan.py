@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmerge.adapters import inject, open_adapter
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
 from qmerge.estimate import layer_bytes, summarize, token_bytes
@@ -33,6 +32,7 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
+from qmerge.tuning import base_notes, open_tuning
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
@@ -68,20 +68,15 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
     _check_out(recipe, faults)
-    skeleton = base = original = previous = injection = settings = None
+    skeleton = base = original = previous = settings = None
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
     targets: frozenset[str] = frozenset()
     notes: list[str] = []
-    tokenizer_folder = tokenizer_home(recipe.base, recipe.adapter)
+    tokenizer_folder = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
     with faults.at("--base"):
         skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         probe(skeleton)
-    if recipe.adapter is not None:
-        with faults.at("--adapter"):
-            adapter = open_adapter(recipe.adapter)
-            if skeleton is not None:
-                injection = inject(skeleton.model, adapter)
-                faults.found += injection.faults
+    tuning = open_tuning(recipe, skeleton, faults)
     if skeleton is not None and base is not None:
         with faults.at("--original"):
             original = _open_original(recipe, skeleton)
@@ -96,6 +91,9 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         return None
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
+    if tuning:
+        folders = (recipe.base, recipe.original or recipe.base)
+        notes += base_notes(tuning.adapters, *folders)
     calibration, evaluation = texts
     return Job(
         recipe=_effective(recipe, settings, calibration),
@@ -103,7 +101,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         base=base,
         original=original,
         previous=previous,
-        injection=injection,
+        change=tuning.change if tuning else None,
+        adapters=tuning.adapters if tuning else (),
         tokenizer_folder=tokenizer_folder,
         calibration=calibration,
         evaluation=evaluation,
@@ -113,7 +112,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         calibration_at_once=_calibration_at_once(recipe, skeleton, calibration),
         evaluation_at_once=max(1, EVALUATION_TOKENS // calibration.tokens.shape[1]),
         device=pick_device(recipe.device),
-        notes=(*notes, *(injection.notes if injection else ())),
+        notes=(*notes, *(tuning.change.notes if tuning else ())),
     )
 
 

@@ -31,6 +31,13 @@ def folder_record(path: Path, **facts: Any) -> InputRecord:
     )
 
 
+def file_record(path: Path) -> InputRecord:
+    """One file with its digest."""
+    return InputRecord(
+        path=str(path), bytes=path.stat().st_size, files={path.name: sha256_file(path)}
+    )
+
+
 def license_of(folder: Path) -> str | None:
     """What the front matter of a model card calls the licence."""
     import yaml

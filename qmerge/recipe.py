@@ -10,15 +10,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from qmerge.errors import Fault
 from qmerge.options import (
+    ADAPTERS,
     DEVICE,
     EVALS,
     FOLDER,
     FRACTION,
     NBYTES,
+    PATTERNS,
     SHARE,
     SPEC,
     SWITCH,
@@ -33,6 +35,19 @@ from qmerge.options import (
 Strategy = Literal["dequantize", "substitute", "auto"]
 ActOrder = Literal["none", "group", "full"]
 OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+Combination = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
 EvalRole = Literal["in_domain", "general"]
 
 
@@ -43,6 +58,12 @@ class EvalText:
     name: str
     spec: str
     role: EvalRole
+
+
+def _survival_limit() -> Any:
+    """Of the jobs that know how much of an adapter was left."""
+    help = "Lowest survival of the adapter over the whole model."
+    return option(None, SHARE, "Gate", help, unset="no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +158,13 @@ class Recipe(Scoring):
     base: Path = option(
         MISSING, FOLDER, "Models", "The base that the adapter was trained on, 4-bit or dense."
     )
-    adapter: Path | None = option(
-        None, FOLDER, "Models", "The adapter, as PEFT saved it.", unset="required by run"
+    adapter: tuple[str, ...] = option(
+        (),
+        ADAPTERS,
+        "Models",
+        "An adapter as PEFT saved it; may be repeated. Each is merged on the result of the one"
+        " before, with its weight.",
+        unset="none",
     )
     out: Path = option(MISSING, FOLDER, "Models", "The release; must not exist yet.")
     original: Path | None = option(
@@ -157,6 +183,46 @@ class Recipe(Scoring):
         "Models",
         "An earlier release, to be scored as an arm of its own and compared with the new one.",
         unset="none",
+    )
+    combine: Combination | None = option(
+        None,
+        choice(*get_args(Combination)),
+        "Models",
+        "Make one adapter of several first, as PEFT's add_weighted_adapter does.",
+        unset="merge them one after another",
+    )
+    density: float | None = option(
+        None,
+        FRACTION,
+        "Models",
+        "Share of values that a pruning --combine keeps.",
+        unset="none",
+    )
+    only: tuple[str, ...] = option(
+        (),
+        PATTERNS,
+        "Models",
+        "Merge the adapter into these modules only; may be repeated. PATTERN is a glob over module"
+        " names, or a regular expression after re:.",
+        unset="all that it targets",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        PATTERNS,
+        "Models",
+        "Leave these modules as the base has them; may be repeated.",
+        flag="--except",
+        unset="none",
+    )
+    partial_state: Path | None = option(
+        None,
+        FOLDER,
+        "Models",
+        "A file of whole parameters that training saved, alone or on top of an adapter.",
+        unset="none",
+    )
+    allow_noop: bool = option(
+        False, SWITCH, "Models", "Go on with an adapter that changes nothing."
     )
     calibration: str | None = option(
         None,
@@ -204,13 +270,7 @@ class Recipe(Scoring):
         "How the release is written.",
         unset="gptq, or gptq_v2 with --asym",
     )
-    min_survival: float | None = option(
-        None,
-        SHARE,
-        "Gate",
-        "Lowest survival of the adapter over the whole model.",
-        unset="no limit",
-    )
+    min_survival: float | None = _survival_limit()
     seed: int = option(0, whole(0), "Machine", "Seed of everything that is drawn.")
     restart: bool = option(
         False,
@@ -220,6 +280,10 @@ class Recipe(Scoring):
         transient=True,
     )
 
+    def adapters(self) -> tuple[WeightedAdapter, ...]:
+        """The adapters in the order given, with their weights."""
+        return tuple(map(_weighted, self.adapter))
+
     def faults(self) -> tuple[Fault, ...]:
         found = super().faults()
         if self.strategy == "substitute" and self.original is None:
@@ -227,6 +291,27 @@ class Recipe(Scoring):
             hint = "give --original DIR, or --strategy dequantize"
             found += (Fault(where="--strategy", message=message, hint=hint),)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedAdapter:
+    """One adapter as asked for."""
+
+    folder: Path
+    weight: float
+
+
+def _weighted(text: str) -> WeightedAdapter:
+    """DIR[@WEIGHT]. What follows the last "@" is a weight if it is a number."""
+    folder, _, number = text.rpartition("@")
+    try:
+        return WeightedAdapter(folder=Path(folder), weight=float(number)) if folder else _whole(text)
+    except ValueError:
+        return _whole(text)
+
+
+def _whole(text: str) -> WeightedAdapter:
+    return WeightedAdapter(folder=Path(text).expanduser(), weight=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +346,54 @@ class EvaluateRecipe(Scoring):
         if self.reference is not None and self.reference not in names:
             message = f"no checkpoint is named {self.reference!r}; there is {', '.join(names)}"
             found += (Fault(where="--reference", message=message),)
+        return found + self._limits_without_a_reference()
+
+    def _limits_without_a_reference(self) -> tuple[Fault, ...]:
+        """A limit is about a checkpoint against another one."""
+        gate = [each for each in options(type(self)) if each.section == "Gate"]
+        if self.reference is None:
+            message, hint = "a limit is kept against a reference", "name one with --reference"
+        elif len(self.models) < 2:
+            message, hint = "there is only the reference", "name the checkpoint to check as well"
+        else:
+            return ()
+        return tuple(
+            Fault(where=each.flag, message=message, hint=hint)
+            for each in gate
+            if getattr(self, each.name) is not None
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRecipe(Scoring):
+    """Two releases side by side: `old` and `new` are releases or reports or, where there is text
+    to score, DIR[+ADAPTER]."""
+
+    old: str
+    new: str
+    eval: tuple[str, ...] = option(
+        (),
+        EVALS,
+        "Text",
+        "Score OLD and NEW side by side on this text, where there are no reports to compare; may"
+        " be repeated. SPEC as for `qmerge evaluate`.",
+        unset="none: the reports are compared",
+    )
+    min_survival: float | None = _survival_limit()
+
+    def faults(self) -> tuple[Fault, ...]:
+        found = self.scoring().faults() if self.eval else ()
+        if self.eval and self.min_survival is not None:
+            message = "survival stands in the reports of runs, scoring does not measure it"
+            hint = "leave out --eval to compare the reports"
+            found += (Fault(where="--min-survival", message=message, hint=hint),)
         return found
+
+    def scoring(self) -> EvaluateRecipe:
+        """The evaluation of both, OLD as the reference."""
+        asked = {each.name: getattr(self, each.name) for each in options(Scoring)}
+        models = (f"old={self.old}", f"new={self.new}")
+        return EvaluateRecipe(**asked, models=models, reference="old")
 
 
 def _named(text: str, otherwise: Callable[[str], str]) -> tuple[str, str]:

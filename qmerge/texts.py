@@ -18,10 +18,12 @@ EVALUATION_TOKENS = 4096
 """Tokens of an evaluation text that go through a layer at once."""
 
 
-def tokenizer_home(base: Path, adapter: Path | None) -> Path:
-    """The adapter's folder where training saved its own tokenizer there, else the base's."""
-    own = adapter is not None and any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    return adapter if adapter is not None and own else base
+def tokenizer_home(base: Path, *adapters: Path | None) -> Path:
+    """The last adapter's folder where training saved its own tokenizer, else the base's."""
+    for folder in reversed(adapters):
+        if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    return base
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:

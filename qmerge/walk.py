@@ -110,7 +110,7 @@ class Walk:
                 origins["substitute"] = self._placed(self.job.original.unit(unit))
         merged = self._merged(unit, origins, result)
         self._advance_noise(unit, merged["dequantize"])
-        if self.job.injection is not None:
+        if self.job.change is not None:
             self._advance_dense(unit, "quantized_base", base, result)
         if self.job.original is not None:
             self._advance_dense(unit, "original", origins["substitute"], result)
@@ -119,7 +119,7 @@ class Walk:
             self._advance_dense(unit, "previous", previous, result)
         shards = {}
         for strategy in self.job.strategies:
-            if self.job.injection is not None:
+            if self.job.change is not None:
                 self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
             shards[strategy] = self._requantize(
                 unit, strategy, merged[strategy], origins[strategy], result
@@ -162,14 +162,14 @@ class Walk:
             live = self._live(unit, origins["dequantize"])
         self._advance(unit, REFERENCE, live, result)
         with self._timed("merge"):
-            merged["dequantize"] = merge_layer(self.job.injection, live)
+            merged["dequantize"] = merge_layer(self.job.change, live)
             if "substitute" in self.job.strategies:
                 live = self._live(unit, origins["substitute"])
-                merged["substitute"] = merge_layer(self.job.injection, live)
+                merged["substitute"] = merge_layer(self.job.change, live)
         return merged
 
     def _live(self, unit: Unit, weights: Tensors) -> nn.Module:
-        live = live_layer(self.job.skeleton, self.job.injection, unit, weights)
+        live = live_layer(self.job.skeleton, self.job.change, unit, weights)
         return live.to(self.job.device)
 
     def _advance_noise(self, unit: Unit, merged: Tensors) -> None:
@@ -406,7 +406,7 @@ def _outer_weights(job: Job, units: tuple[Unit, ...]) -> dict[str, Weights]:
     for strategy in dict.fromkeys(("dequantize", *job.strategies)):
         source = job.base if strategy == "dequantize" else job.original
         assert source is not None
-        merged = outer_weights(job.injection, units, source)
+        merged = outer_weights(job.change, units, source)
         if strategy == "dequantize":
             found[REFERENCE] = merged
         found[merged_arm(strategy)] = merged

@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from qmerge.errors import RecipeError, StorageError
-from qmerge.storage.journal import Journal
-from qmerge.storage.shards import ShardRecord, sha256_file, sync_folder
+from qmerge.storage.journal import RESTART_HINT, Journal
+from qmerge.storage.shards import ShardRecord, sha256_file, sync_folder, translated
 
-RESTART_HINT = "give --restart to throw away what was done and begin anew"
+JOURNAL = "journal.jsonl"
+PUBLISH = "publish"
+DIFFERENCES = 4
+"""Differences between two runs that a message lists."""
 
 
 class Workspace:
@@ -33,27 +37,34 @@ class Workspace:
     def open(cls, out: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> Self:
         """Begin, or go on where the same recipe on the same inputs was stopped.
 
-        Raises `RecipeError` naming what differs from the run that was stopped, `StorageError` where
-        another process is at work.
+        Raises `RecipeError` naming what differs from the run that was stopped, or where the folder
+        holds something else than a run; `StorageError` where another process is at work.
         """
         folder = partial(out)
+        _make(folder)
+        workspace = cls(out, Journal.open(folder / JOURNAL, restart=restart))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{folder}: {error.strerror}") from error
-        journal = Journal.open(folder / "journal.jsonl", restart=restart)
-        workspace = cls(out, journal)
-        events = journal.events()
-        if not events:
-            workspace._clear()
-            journal.append({"begin": fingerprint})
-        else:
-            try:
-                _compare(events[0].get("begin", {}), fingerprint, folder)
-            except RecipeError:
-                journal.close()
-                raise
+            workspace._begin(fingerprint)
+        except BaseException:
+            workspace.close()
+            raise
         return workspace
+
+    @classmethod
+    def tidy(cls, out: Path) -> Any:
+        """Clear away what a run left that was stopped right after its release had appeared.
+
+        Returns what that run gave to `publish`, or None where nothing of the kind is there.
+        """
+        folder = partial(out)
+        if not out.is_dir() or folder.is_symlink() or not (folder / JOURNAL).is_file():
+            return None
+        with cls(out, Journal.open(folder / JOURNAL)) as workspace:
+            event = (workspace._journal.events() or ({},))[-1]
+            if PUBLISH not in event or (folder / f"release-{event[PUBLISH]}").exists():
+                return None
+            workspace._remove()
+            return event["asked"]
 
     @property
     def streams(self) -> Path:
@@ -62,7 +73,10 @@ class Workspace:
     def release(self, strategy: str) -> Path:
         """The release in the making for one strategy."""
         path = self.folder / f"release-{strategy}"
-        path.mkdir(exist_ok=True)
+        if not path.is_dir():
+            with translated(path):
+                path.mkdir()
+            sync_folder(self.folder)
         return path
 
     def finished(self) -> dict[str, Mapping[str, Any]]:
@@ -81,20 +95,20 @@ class Workspace:
                 f"{path}: is not what the journal says was written", hint=RESTART_HINT
             )
 
-    def publish(self, strategy: str) -> None:
-        """Make the release appear under its name, whole, and clear away the rest."""
-        sync_folder(self.release(strategy))
-        if self.out.exists():
-            raise StorageError(
-                f"{self.out}: appeared during the run", hint="move it away and run again"
-            )
-        try:
-            self.release(strategy).rename(self.out)
-        except OSError as error:
-            raise StorageError(f"{self.out}: {error.strerror}") from error
+    def publish(self, strategy: str, asked: Any) -> None:
+        """Make the release appear under its name, whole, and clear away the rest.
+
+        `asked` is what `tidy` gives back to a run that finds this one stopped in between.
+        """
+        release = self.release(strategy)
+        sync_folder(release)
+        self._journal.append({PUBLISH: strategy, "asked": asked})
+        self._refuse_published()
+        with translated(self.out):
+            release.rename(self.out)
         sync_folder(self.out.absolute().parent)
-        self._journal.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(StorageError):  # the release is there; what stays behind, `tidy` removes
+            self._remove()
 
     def close(self) -> None:
         self._journal.close()
@@ -108,21 +122,74 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, KeyboardInterrupt) and self.finished():
+            error.add_note(
+                f"{len(self.finished())} finished units are kept in {self.folder}: "
+                "the same command goes on from there"
+            )
         self.close()
 
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
+        self._refuse_published()
+        events = self._journal.events()
+        if events:
+            _compare(events[0].get("begin", {}), fingerprint, self.folder)
+            _refuse_links(self.folder)
+        else:
+            self._clear()
+            self._journal.append({"begin": fingerprint})
+
+    def _refuse_published(self) -> None:
+        """Whoever held the folder before may have published after this run was planned."""
+        if self.out.exists() or self.out.is_symlink():
+            raise StorageError(
+                f"{self.out}: appeared during the run", hint="move it away and run again"
+            )
+
     def _clear(self) -> None:
-        for entry in self.folder.iterdir():
-            if entry == self._journal.path:
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink()
+        """Remove everything but the journal."""
+        with translated(self.folder):
+            for entry in self.folder.iterdir():
+                if entry == self._journal.path:
+                    continue
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+    def _remove(self) -> None:
+        """Remove the folder, the journal last: while it is there, `tidy` knows what the rest is."""
+        self._clear()
+        with translated(self.folder):
+            self._journal.path.unlink()
+            self.folder.rmdir()
+        self.close()
 
 
 def partial(out: Path) -> Path:
     """Where a run that publishes `out` works."""
     return out.with_name(f"{out.name}.partial")
+
+
+def _make(folder: Path) -> None:
+    """The folder, new or left by a run; `RecipeError` where it is somebody else's."""
+    with translated(folder):
+        if not folder.is_symlink():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.absolute().parent)
+            if (folder / JOURNAL).exists() or not any(folder.iterdir()):
+                return
+    raise RecipeError(
+        f"{folder} is there, and no run has left it",
+        hint="move it away, or give another --out: a run works in a folder of that name",
+    )
+
+
+def _refuse_links(folder: Path) -> None:
+    """A run makes no links; one that is there would lead its writing out of the folder."""
+    for entry in folder.rglob("*"):
+        if entry.is_symlink():
+            raise StorageError(f"{entry}: a link that no run has made", hint=RESTART_HINT)
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -134,10 +201,12 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
     )
     if differing:
         shown = "; ".join(
-            f"{key} was {flat_before.get(key)}, is {flat_now.get(key)}" for key in differing[:4]
+            f"{key} was {flat_before.get(key)}, is {flat_now.get(key)}"
+            for key in differing[:DIFFERENCES]
         )
+        more = f"; and {len(differing) - DIFFERENCES} more" * (len(differing) > DIFFERENCES)
         raise RecipeError(
-            f"{folder} holds another run that was stopped: {shown}",
+            f"{folder} holds another run that was stopped: {shown}{more}",
             hint=f"give the same options to go on, or {RESTART_HINT.removeprefix('give ')}",
         )
 

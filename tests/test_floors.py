@@ -35,7 +35,7 @@ FLOORS = (
     Floor(name="bytes", modules=("storage",)),
     Floor(name="tensors", modules=("formats", "adapters", "gptq", "measure")),
     Floor(name="models", modules=("corpus", "model")),
-    Floor(name="intent", modules=("job", "texts", "estimate", "plan"), ladder=True),
+    Floor(name="intent", modules=("job", "texts", "estimate", "tuning", "plan"), ladder=True),
     Floor(name="work", modules=("stages",)),
     Floor(name="telling", modules=("report",), sees=("words",)),
     Floor(
@@ -68,6 +68,7 @@ FILES = {
         "awq",
         "bitsandbytes",
         "fp8",
+        "schemes",
         "compressed_tensors",
         "writing",
     ),

@@ -55,7 +55,7 @@ def asked(
 ) -> Recipe:
     return Recipe(
         base=tiny_original,
-        adapter=tiny_adapter,
+        adapter=(str(tiny_adapter),),
         out=Path("unused"),
         calibration=str(calibration_text),
         calibration_samples=32,
@@ -249,7 +249,7 @@ def test_quantize_needs_no_adapter(
     asked: Recipe, tiny_original: Path, eval_text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "release"
-    result = run(replace(asked, adapter=None, out=out))
+    result = run(replace(asked, adapter=(), out=out))
     assert result.reference == "dense"
     assert list(result.arms) == ["dense", "release"]
     tokens = windows(tiny_original, eval_text)
@@ -274,3 +274,33 @@ def test_previous_release_is_an_arm_and_the_gate_speaks(
     floor = result.noise_floor["held_out"].kl
     assert floor is not None
     assert 0 < floor.mean < result.arms["release"]["held_out"].kl.mean
+
+
+def test_several_adapters_one_on_the_other_and_only_where_asked(
+    asked: Recipe, tiny_original: Path, tiny_adapter: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    tokens = windows(tiny_original, eval_text)
+    once = PeftModel.from_pretrained(load(tiny_original), tiny_adapter).merge_and_unload()
+    twice = PeftModel.from_pretrained(once, tiny_adapter).merge_and_unload()
+    both = (str(tiny_adapter), f"{tiny_adapter}@1.0")
+    result = run(replace(asked, adapter=both, out=tmp_path / "both"))
+    found = result.arms["trained"]["held_out"].perplexity
+    assert close(found, perplexity(twice.eval(), tokens), 1e-5)
+
+    part = replace(asked, only=("*.mlp.*",), exclude=("*.down_proj",), out=tmp_path / "part")
+    run(part)
+    base, release = Checkpoint.open(tiny_original), open_format(Checkpoint.open(part.out))
+    name = "model.layers.1.{}.weight"
+    kept = PeftModel.from_pretrained(load(tiny_original), tiny_adapter).merge_and_unload()
+    for module, merged in (("mlp.up_proj", True), ("mlp.down_proj", False)):
+        target = kept.state_dict() if merged else base_state(base)
+        other = base_state(base) if merged else kept.state_dict()
+        stored = release.dense(name.format(module))
+        near = (stored - target[name.format(module)].float()).norm()
+        assert near < (stored - other[name.format(module)].float()).norm()
+
+
+def base_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}

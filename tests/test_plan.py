@@ -29,7 +29,7 @@ def asked(
     shutil.copytree(tiny_adapter, adapter)
     return Recipe(
         base=base,
-        adapter=adapter,
+        adapter=(str(adapter),),
         out=tmp_path / "out",
         calibration=str(calibration_text),
         calibration_samples=4,
@@ -43,7 +43,7 @@ def asked(
 def other_shapes(recipe: Recipe) -> Recipe:
     from safetensors.torch import load_file, save_file
 
-    file = recipe.adapter / "adapter_model.safetensors"
+    file = Path(recipe.adapter[0]) / "adapter_model.safetensors"
     tensors = {name: t.new_ones(t.shape[0] + 8, *t.shape[1:]) for name, t in load_file(file).items()}
     save_file(tensors, file)
     return recipe
@@ -52,14 +52,14 @@ def other_shapes(recipe: Recipe) -> Recipe:
 def other_names(recipe: Recipe) -> Recipe:
     from safetensors.torch import load_file, save_file
 
-    file = recipe.adapter / "adapter_model.safetensors"
+    file = Path(recipe.adapter[0]) / "adapter_model.safetensors"
     renamed = {name.replace("layers.2", "layers.7"): t for name, t in load_file(file).items()}
     save_file(renamed, file)
     return recipe
 
 
 def unknown_kind(recipe: Recipe) -> Recipe:
-    edit(recipe.adapter / "adapter_config.json", peft_type="SUPERLORA")
+    edit(Path(recipe.adapter[0]) / "adapter_config.json", peft_type="SUPERLORA")
     return recipe
 
 
@@ -175,7 +175,7 @@ def test_width_that_cannot_be_packed(asked: Recipe, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(asked.base).save_pretrained(odd)
     tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(adapter)
-    plan = make_plan(replace(asked, base=odd, adapter=adapter, group_size=-1))
+    plan = make_plan(replace(asked, base=odd, adapter=(str(adapter),), group_size=-1))
     assert plan.job is None
     assert any("100" in fault.message and "32-bit words" in fault.message for fault in plan.faults)
 

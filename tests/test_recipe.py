@@ -22,7 +22,7 @@ def recipe(**flags: object) -> Recipe:
 
 def test_defaults() -> None:
     asked = recipe()
-    assert (asked.base, asked.adapter, asked.out) == (Path("b"), Path("a"), Path("o"))
+    assert (asked.base, asked.adapter, asked.out) == (Path("b"), ("a",), Path("o"))
     assert (asked.bits, asked.group_size, asked.symmetric) == (None, None, None)
     assert (asked.strategy, asked.act_order, asked.format) == ("dequantize", "group", None)
     assert (asked.calibration, asked.calibration_samples) == (None, 128)

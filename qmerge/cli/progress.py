@@ -5,15 +5,18 @@ Both write to stderr: stdout is for data.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from qmerge.errors import StorageError
 from qmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,16 +27,42 @@ QUIET = 5.0  # seconds between two plain lines about one step
 
 
 @contextmanager
-def display() -> Iterator[Progress]:
-    """The display that fits stderr, for as long as the block runs."""
-    with chatter_to_stderr():
-        if not sys.stderr.isatty():
-            yield PlainProgress(sys.stderr)
-            return
-        with rich_bars(sys.stderr) as bars:
-            shown = RichProgress(bars)
+def display(log_json: Path | None = None) -> Iterator[Progress]:
+    """The display that fits stderr, for as long as the block runs; events in a file beside it."""
+    with chatter_to_stderr(), _shown() as shown:
+        if log_json is None:
             yield shown
-            shown.finish()
+            return
+        with logged(shown, log_json) as log:
+            yield log
+
+
+@contextmanager
+def _shown() -> Iterator[Progress]:
+    if not sys.stderr.isatty():
+        yield PlainProgress(sys.stderr)
+        return
+    with rich_bars(sys.stderr) as bars:
+        shown = RichProgress(bars)
+        yield shown
+        shown.finish()
+
+
+@contextmanager
+def logged(shown: Progress, file: Path) -> Iterator[Progress]:
+    """`shown`, with its events written to `file`, the last of which is done or failed."""
+    try:
+        stream = file.open("w", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise StorageError(f"--log-json: {file}: {error.strerror}") from error
+    with stream:
+        log = LoggedProgress(shown, stream)
+        try:
+            yield log
+        except BaseException as error:
+            log.event("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        log.event("done")
 
 
 @contextmanager
@@ -122,6 +151,54 @@ class RichProgress:
             self.bars.update(self.task, completed=done, text=text, memory=memory())
 
 
+class LoggedProgress:
+    """Another display, and each of its events as a line of JSON that is flushed at once.
+
+    Every event has `time` (UTC), `seconds` since the first, `rss` in bytes and `event`.
+    """
+
+    def __init__(
+        self, shown: Progress, stream: TextIO, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.shown = shown
+        self.stream = stream
+        self.clock = clock
+        self.started = clock()
+        self.place: dict[str, Any] = {}
+
+    def stage(self, name: str, total: int) -> None:
+        self.place = {"stage": name, "step": 0, "total": total}
+        self.event("stage", **self.place)
+        self.shown.stage(name, total)
+
+    def step(self, item: str) -> None:
+        self.place |= {"step": self.place.get("step", 0) + 1, "item": item}
+        self.event("step", **self.place)
+        self.shown.step(item)
+
+    def doing(self, what: str) -> None:
+        self.event("doing", **self.place, doing=what)
+        self.shown.doing(what)
+
+    def warn(self, message: str) -> None:
+        self.event("warn", message=message)
+        self.shown.warn(message)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """A line for machines. A log that cannot be written any more does not end the job."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "seconds": round(self.clock() - self.started, 3),
+            "rss": resident(),
+            "event": name,
+            **facts,
+        }
+        try:
+            print(json.dumps(line), file=self.stream, flush=True)
+        except OSError as error:
+            self.shown.warn(f"--log-json: {error.strerror}")
+
+
 def rich_bars(stream: TextIO) -> RichBars:
     """Bars with stage, steps, what is being done, time gone, time left and memory."""
     from rich.console import Console
@@ -154,11 +231,15 @@ def duration(seconds: float) -> str:
 
 
 def memory() -> str:
-    """Resident memory of this process now, or at its peak where the system tells only that."""
+    """Resident memory, for people."""
+    return f"{resident() / (1 << 20):.0f} MiB"
+
+
+def resident() -> int:
+    """Resident bytes of this process now, or at its peak where the system tells only that."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        nbytes = pages * os.sysconf("SC_PAGE_SIZE")
+        return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
-        nbytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{nbytes / (1 << 20):.0f} MiB"
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qmerge.cli.options import Command, json_option, recipe_options
+from qmerge.cli.outputs import ci_options, finish, log_option
 from qmerge.cli.progress import display
 from qmerge.errors import RecipeError
 from qmerge.options import build
@@ -16,8 +17,17 @@ from qmerge.recipe import Recipe
 @click.command("run", cls=Command)
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @recipe_options(Recipe)
+@log_option
+@ci_options
 @json_option
-def command(recipe: Path | None, as_json: bool, **flags: object) -> int:
+def command(
+    recipe: Path | None,
+    as_json: bool,
+    junit: Path | None,
+    github: bool,
+    log_json: Path | None,
+    **flags: object,
+) -> int:
     """Merge, requantize, and measure what that cost.
 
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
@@ -26,15 +36,12 @@ def command(recipe: Path | None, as_json: bool, **flags: object) -> int:
     release and its report stay, and the exit code is 1.
     """
     asked = build(Recipe, flags, file=recipe)
-    if asked.adapter is None:
+    if not asked.adapter and asked.partial_state is None:
         raise RecipeError("missing: --adapter", hint="`qmerge quantize` is for models without one")
 
-    with display() as progress:
+    with display(log_json) as progress:
         from qmerge.pipeline import run
 
         result = run(asked, progress)
 
-    from qmerge.report import render
-
-    click.echo(render(result, "json" if as_json else "text").rstrip())
-    return 0 if all(verdict.passed for verdict in result.gate) else 1
+    return finish(result, as_json, junit, github)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmerge.measure.gate import Limits, check_limits, parse_limit
+from qmerge.measure.gate import Limits, check_limits, limits_of
 from qmerge.measure.pairing import compare_results, pair
 from qmerge.measure.statistics import paired_estimate, score_arms
 from qmerge.measure.survival import linear_survival, pool_survival, relative_error
@@ -16,10 +16,10 @@ __all__ = [
     "check_limits",
     "compare_results",
     "join",
+    "limits_of",
     "linear_survival",
     "pair",
     "paired_estimate",
-    "parse_limit",
     "pool_survival",
     "relative_error",
     "score_arms",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from qmerge.errors import RecipeError
+from qmerge.recipe import Scoring
 from qmerge.results import ArmScore, GateVerdict, RunResult
 
 
@@ -18,79 +19,89 @@ class Limits:
     min_same_top: float | None = None
 
 
-def parse_limit(text: str, *, option: str) -> float:
-    """ "1%" and "0.01" are the same limit. RecipeError names the option."""
-    number, per_cent = (text.strip()[:-1], 100.0) if text.strip().endswith("%") else (text, 1.0)
-    try:
-        value = float(number) / per_cent
-    except ValueError as error:
-        raise RecipeError(f"{option}: {text!r} is no number", hint="as in 1% or 0.01") from error
-    if not 0 <= value < float("inf"):
-        raise RecipeError(f"{option}: {text!r} is out of range", hint="as in 1% or 0.01")
-    return value
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What a limit is about: a ceiling, or a floor; a share is told in per cent."""
+
+    limit: str
+    what: str
+    floor: bool = False
+    share: bool = False
+
+    def verdict(self, value: float | None, bound: float, of: str, corpus: str | None) -> GateVerdict:
+        """What was not measured, or is no number, does not pass."""
+        passed = value is not None and (value >= bound if self.floor else value <= bound)
+        where = f"{of} on {corpus}" if corpus else of
+        side = "within" if passed else "under" if self.floor else "over"
+        said = f"{self._shown(value)}, {side} the" if value is not None else "not measured,"
+        return GateVerdict(
+            limit=self.limit,
+            corpus=corpus,
+            value=value,
+            bound=bound,
+            passed=passed,
+            text=f"{self.what}{where} is {said} limit of {self._shown(bound)}",
+        )
+
+    def _shown(self, number: float) -> str:
+        return f"{100 * number:.3g}%" if self.share else f"{number:.3g}"
+
+
+def _increase(score: ArmScore) -> float | None:
+    return score.change.ratio - 1 if score.change else None
+
+
+def _kl(score: ArmScore) -> float | None:
+    return score.kl.mean if score.kl else None
+
+
+def _same_top(score: ArmScore) -> float | None:
+    return score.same_top.mean if score.same_top else None
+
+
+ON_CORPORA: tuple[tuple[_Kept, Callable[[ArmScore], float | None]], ...] = (
+    (_Kept(limit="max_ppl_increase", what="perplexity increase", share=True), _increase),
+    (_Kept(limit="max_kl", what="mean KL"), _kl),
+    (_Kept(limit="min_same_top", what="same top token", floor=True, share=True), _same_top),
+)
+ON_MODEL = _Kept(limit="min_survival", what="adapter survival", floor=True)
+
+
+def limits_of(asked: Scoring) -> Limits:
+    """The limits that a recipe sets."""
+    return Limits(
+        max_ppl_increase=asked.max_ppl_increase,
+        max_kl=asked.max_kl,
+        min_same_top=asked.min_same_top,
+        min_survival=getattr(asked, "min_survival", None),
+    )
 
 
 def check_limits(result: RunResult, limits: Limits) -> tuple[GateVerdict, ...]:
-    """One verdict per limit and corpus. What was not measured does not pass."""
-    verdicts: list[GateVerdict] = []
-    scores = result.arms.get(result.subject or "", {})
-    for corpus in scores or dict.fromkeys(["-"]):
-        score = scores.get(corpus)
-        if limits.max_ppl_increase is not None:
-            verdicts.append(_perplexity(corpus, score, limits.max_ppl_increase))
-        if limits.max_kl is not None:
-            kl = score.kl.mean if score and score.kl else None
-            verdicts.append(_most("max_kl", corpus, kl, limits.max_kl, "mean KL"))
-        if limits.min_same_top is not None:
-            same = score.same_top.mean if score and score.same_top else None
-            verdicts.append(
-                _least("min_same_top", corpus, same, limits.min_same_top, "same top token")
-            )
+    """One verdict per limit and corpus for the subject, or for every arm but the reference where
+    there is none; survival once.
+
+    Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
+    """
+    verdicts = [v for of, scores in _checked(result) for v in _on_corpora(of, scores, limits)]
     if limits.min_survival is not None:
         kept = result.survival.survival if result.survival else None
-        verdicts.append(_least("min_survival", None, kept, limits.min_survival, "adapter survival"))
+        verdicts.append(ON_MODEL.verdict(kept, limits.min_survival, "", None))
     return tuple(verdicts)
 
 
-def _perplexity(corpus: str, score: ArmScore | None, bound: float) -> GateVerdict:
-    increase = score.change.ratio - 1 if score and score.change else None
-    return _most("max_ppl_increase", corpus, increase, bound, "perplexity increase", share=True)
+def _checked(result: RunResult) -> list[tuple[str, Mapping[str, ArmScore]]]:
+    """Scores to check, and how their arm is called where there are several."""
+    if result.subject is not None:
+        return [("", result.arms.get(result.subject, {}))]
+    arms = [(f" of {arm}", s) for arm, s in result.arms.items() if arm != result.reference]
+    return arms or [("", {})]
 
 
-def _most(
-    limit: str,
-    corpus: str | None,
-    value: float | None,
-    bound: float,
-    what: str,
-    share: bool = False,
-) -> GateVerdict:
-    passed = value is not None and value <= bound
-    text = _text(what, corpus, value, bound, "over" if not passed else "within", share)
-    return GateVerdict(
-        limit=limit, corpus=corpus, value=value, bound=bound, passed=passed, text=text
-    )
-
-
-def _least(
-    limit: str, corpus: str | None, value: float | None, bound: float, what: str
-) -> GateVerdict:
-    passed = value is not None and value >= bound
-    text = _text(
-        what, corpus, value, bound, "under" if not passed else "within", limit == "min_same_top"
-    )
-    return GateVerdict(
-        limit=limit, corpus=corpus, value=value, bound=bound, passed=passed, text=text
-    )
-
-
-def _text(
-    what: str, corpus: str | None, value: float | None, bound: float, side: str, share: bool
-) -> str:
-    def shown(number: float) -> str:
-        return f"{100 * number:.3g}%" if share else f"{number:.3g}"
-
-    where = f" on {corpus}" if corpus not in (None, "-") else ""
-    if value is None:
-        return f"{what}{where} not measured, limit {shown(bound)}"
-    return f"{what} {shown(value)}{where}, {side} the limit of {shown(bound)}"
+def _on_corpora(of: str, scores: Mapping[str, ArmScore], limits: Limits) -> Iterator[GateVerdict]:
+    found: Mapping[str | None, ArmScore | None] = {**scores} or {None: None}
+    for corpus, score in found.items():
+        for kept, read in ON_CORPORA:
+            bound = getattr(limits, kept.limit)
+            if bound is not None:
+                yield kept.verdict(read(score) if score else None, bound, of, corpus)

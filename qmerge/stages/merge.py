@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qmerge.adapters import Injection
+from qmerge.adapters import Change
 from qmerge.model.layer import fill
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -20,52 +20,52 @@ from qmerge.names import Unit, module_of, under
 
 def live_layer(
     skeleton: Skeleton,
-    injection: Injection | None,
+    change: Change | None,
     unit: Unit,
     weights: Mapping[str, torch.Tensor],
 ) -> nn.Module:
     """The decoder layer as training saw it: `weights` (names relative to the unit) with the
     adapter running on top."""
-    if injection is None:
+    if change is None:
         layer = skeleton.layer(unit.index)
         fill(layer, weights)
         return layer
-    layer = injection.live(unit.path)
-    injection.fill(layer, weights)
+    layer = change.live(unit.path)
+    change.fill(layer, weights)
     return layer.requires_grad_(False).eval()
 
 
-def merge_layer(injection: Injection | None, live: nn.Module) -> dict[str, torch.Tensor]:
+def merge_layer(change: Change | None, live: nn.Module) -> dict[str, torch.Tensor]:
     """PEFT's own merge of a live layer, which is consumed: float32, relative names."""
-    if injection is None:
+    if change is None:
         return dict(live.state_dict())
-    return injection.merge(live)
+    return change.merge(live)
 
 
 def merge_outer(
-    injection: Injection, unit: Unit, weights: Mapping[str, torch.Tensor]
+    change: Change, unit: Unit, weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Merge what the adapter does outside the layers (embeddings, norms, head).
 
     Only the tensors that change are returned, by full parameter name.
     """
     changed: dict[str, torch.Tensor] = {}
-    touched = [name for name in unit.parameters if name in injection.touched]
+    touched = [name for name in unit.parameters if name in change.touched]
     for path in dict.fromkeys(module_of(name) for name in touched):
-        live = injection.live(path)
+        live = change.live(path)
         own = {r: t for name, t in weights.items() if (r := under(name, path)) is not None}
-        injection.fill(live, own)
-        merged = injection.merge(live)
+        change.fill(live, own)
+        merged = change.merge(live)
         changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
     return changed
 
 
-def outer_weights(injection: Injection | None, units: Iterable[Unit], source: Weights) -> Weights:
+def outer_weights(change: Change | None, units: Iterable[Unit], source: Weights) -> Weights:
     """A checkpoint whose parameters outside the layers carry the adapter, in float32."""
     changed: dict[str, torch.Tensor] = {}
-    if injection is not None:
+    if change is not None:
         for unit in units:
-            touched = any(name in injection.touched for name in unit.parameters)
+            touched = any(name in change.touched for name in unit.parameters)
             if unit.kind != "layer" and touched:
-                changed |= merge_outer(injection, unit, source.unit(unit))
+                changed |= merge_outer(change, unit, source.unit(unit))
     return replace(source, changed=changed) if changed else source

@@ -17,10 +17,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from qmerge.errors import StorageError
-from qmerge.storage.shards import sync_folder
+from qmerge.storage.shards import sync_folder, translated
 
 Event = Mapping[str, Any]
-_RESTART = "give --restart to throw away what was done and begin anew"
+RESTART_HINT = "give --restart to throw away what was done and begin anew"
 
 
 class Journal:
@@ -45,21 +45,17 @@ class Journal:
         damaged, or if the file cannot be read or written.
         """
         file = Path(path)
-        try:
+        with translated(file):
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise StorageError(f"{file}: {error.strerror}") from error
         journal = cls(file, handle)
         try:
-            journal._lock()
-            if not restart:
-                journal._load()
-            os.ftruncate(handle, journal._end)
-            os.fsync(handle)
+            with translated(file):
+                journal._lock()
+                if not restart:
+                    journal._load()
+                os.ftruncate(handle, journal._end)
+                os.fsync(handle)
             sync_folder(file.parent)
-        except OSError as error:
-            journal.close()
-            raise StorageError(f"{file}: {error.strerror}") from error
         except BaseException:
             journal.close()
             raise
@@ -71,13 +67,14 @@ class Journal:
         digest = _chain(self._digest, text)
         line = f'{{"digest": "{digest}", "event": {text}}}\n'.encode()
         try:
-            os.ftruncate(self._handle, self._end)  # whatever an interrupted append left behind
-            _write_all(self._handle, line, self._end)
-            os.fsync(self._handle)
-        except OSError as error:
+            with translated(self.path):
+                os.ftruncate(self._handle, self._end)  # whatever an interrupted append left behind
+                _write_all(self._handle, line, self._end)
+                os.fsync(self._handle)
+        except StorageError:
             with suppress(OSError):
                 os.ftruncate(self._handle, self._end)
-            raise StorageError(f"{self.path}: {error.strerror}") from error
+            raise
         self._digest = digest
         self._end += len(line)
         self._events.append(json.loads(text))
@@ -128,7 +125,7 @@ class Journal:
             if parsed is None and number == len(lines):
                 return
             if parsed is None:
-                raise StorageError(f"{self.path}: line {number} is damaged", hint=_RESTART)
+                raise StorageError(f"{self.path}: line {number} is damaged", hint=RESTART_HINT)
             self._digest, event = parsed
             self._events.append(event)
             self._end += len(line)

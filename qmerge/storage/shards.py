@@ -93,7 +93,7 @@ def sha256_file(path: Path) -> str:
 
 def sync_folder(folder: Path) -> None:
     """Make renames in this folder last through a loss of power."""
-    with _translated(folder):
+    with translated(folder):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
@@ -112,7 +112,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     digest = hashlib.sha256()
-    with _translated(path):
+    with translated(path):
         try:
             temporary.unlink(missing_ok=True)
             with temporary.open("xb") as file:
@@ -130,7 +130,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    with _translated(path), path.open("rb") as file:
+    with translated(path), path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 
@@ -157,7 +157,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def translated(path: Path) -> Iterator[None]:
+    """Errors of the system about `path` become a StorageError that names it."""
     try:
         yield
     except OSError as error:

@@ -61,7 +61,7 @@ def test_run(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer 0" in told.err
     assert calls.recipe == Recipe(
         base=Path("b"),
-        adapter=Path("a"),
+        adapter=("a",),
         out=Path("o"),
         eval=("x.txt", "n=y.txt"),
         symmetric=False,

@@ -44,7 +44,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["rum"], "error: No such command 'rum'", "`qmerge --help`"),
         (["run", "--bse", "x"], "error: No such option '--bse'", "`qmerge run --help`"),
         (["run", "--base"], "error: Option '--base' requires an argument", "--help`"),
-        (["run", "--base", "b"], "error: missing: --adapter, --out", "recipe file"),
+        (["run", "--base", "b"], "error: missing: --out", "recipe file"),
         (["run", "--bits", "5"], "error: --bits: '5' is not one of 2, 3, 4, 8", None),
         (["run", "gone.yaml"], "error: gone.yaml: cannot be read", None),
         (["evaluate"], "error: Missing argument", "`qmerge evaluate --help`"),

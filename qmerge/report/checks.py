@@ -1,0 +1,114 @@
+"""What a continuous integration asks of a result: named checks that hold or do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qmerge.report.markdown import escape, grid, summary
+from qmerge.report.text import render, render_comparison, table
+from qmerge.report.words import (
+    change_phrase,
+    corpora,
+    findings,
+    gate_lines,
+    heading,
+    printable,
+    rows,
+    verdict,
+)
+from qmerge.results import Comparison, CorpusComparison, GateVerdict, RunResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """`name` stays the same from run to run, `text` says what was found."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """All checks of one command, with its report in a sentence, as text and as markdown."""
+
+    command: str
+    sentence: str
+    checks: tuple[Check, ...]
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    text: str
+    markdown: str
+
+
+def of_result(result: RunResult) -> Checked:
+    """The limits; that there are scores at all is a check of its own."""
+    sentence = verdict(result).sentence
+    found = [f"- {escape(line)}" for line in findings(result)]
+    return Checked(
+        command=f"qmerge {result.command}",
+        sentence=sentence,
+        checks=(Check(name="scored", passed=True, text=sentence), *_limits(result.gate)),
+        warnings=result.warnings,
+        seconds=result.timings.get("total", 0.0),
+        text=render(result),
+        markdown=_blocks([f"**{escape(sentence)}**", "\n".join(found), summary(result)]),
+    )
+
+
+def of_comparison(comparison: Comparison, new: RunResult) -> Checked:
+    """That no corpus is worse, and the limits that `new` carries."""
+    text = render_comparison(comparison)
+    sentence = text.partition("\n")[0]
+    checks = [_no_regression(name, found) for name, found in comparison.corpora.items()]
+    scored = new.command == "evaluate"
+    return Checked(
+        command="qmerge compare",
+        sentence=sentence,
+        checks=(*checks, *_limits(new.gate)),
+        seconds=new.timings.get("total", 0.0) if scored else 0.0,
+        text=_blocks([text.rstrip(), _gate(new), _tables(new) if scored else ""]) + "\n",
+        markdown=_blocks([f"**{escape(sentence)}**", _compared(comparison), summary(new)]),
+    )
+
+
+def _limits(gate: Iterable[GateVerdict]) -> list[Check]:
+    """The words before " is " name a limit; those after it hold its value."""
+    return [
+        Check(name=found.text.rpartition(" is ")[0] or found.limit, passed=found.passed, text=found.text)
+        for found in gate
+    ]
+
+
+def _no_regression(corpus: str, found: CorpusComparison) -> Check:
+    return Check(
+        name=f"no regression on {corpus}",
+        passed=found.verdict != "worse",
+        text=f"{corpus}: {found.verdict}, perplexity {change_phrase(found.change)}",
+    )
+
+
+def _gate(result: RunResult) -> str:
+    return printable("\n".join(f"gate: {line}" for line in gate_lines(result)))
+
+
+def _tables(result: RunResult) -> str:
+    blocks = []
+    for corpus in corpora(result):
+        title = heading(corpus, result.corpora.evaluation.get(corpus))
+        blocks.append("\n".join([title, *table(rows(result, corpus))]))
+    return printable(_blocks(blocks))
+
+
+def _compared(comparison: Comparison) -> str:
+    body = [
+        [name, found.verdict, change_phrase(found.change)]
+        for name, found in comparison.corpora.items()
+    ]
+    grown = [f"- larger error: {escape(name)}" for name in comparison.layers]
+    return _blocks([grid(["corpus", "new is", "perplexity"], body), "\n".join(grown)])
+
+
+def _blocks(blocks: Iterable[str]) -> str:
+    return "\n\n".join(block for block in blocks if block)
