@@ -23,6 +23,7 @@ from qmerge.measure import (
     score_arms,
     worst_windows,
 )
+from qmerge.names import WEIGHT
 from qmerge.options import options
 from qmerge.plan import make_plan
 from qmerge.progress import Progress, Silent
@@ -55,6 +56,7 @@ from qmerge.results import (
     encode,
 )
 from qmerge.stages.evaluate import Scored
+from qmerge.stages.substitute import check_likeness, likeness
 from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
@@ -88,6 +90,8 @@ def run(recipe: Recipe, progress: Progress | None = None) -> RunResult:
         _check_disk(job, workspace)
         for note in job.notes:
             progress.warn(note)
+        if "substitute" in job.strategies and not workspace.finished():
+            _check_original(job, progress)
         walk = Walk(job, workspace, progress)
         _walk(walk, progress)
         progress.stage("score", len(job.evaluation))
@@ -163,6 +167,16 @@ def _check_disk(job: Job, workspace: Workspace) -> None:
             f"{workspace.folder}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free",
             hint="free some space, or give an --out on another disk",
         )
+
+
+def _check_original(job: Job, progress: Progress) -> None:
+    """Before anything is spent on it: is this the model that the base was quantized from?"""
+    base, original = job.base, job.original
+    if original is None or job.recipe.force:
+        return
+    names = sorted(name + WEIGHT for name in job.targets if base.is_quantized(name + WEIGHT))
+    progress.stage("compare with the original", len(names))
+    check_likeness(likeness(base, original, names, progress.step), base.format.summary.bits)
 
 
 # From scores to a result

@@ -32,7 +32,7 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
-from qmerge.tuning import base_notes, open_tuning
+from qmerge.tuning import Tuning, base_notes, open_tuning
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
@@ -107,7 +107,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         calibration=calibration,
         evaluation=evaluation,
         settings=settings,
-        strategies=_strategies(recipe, notes),
+        strategies=_strategies(recipe, tuning, notes),
         targets=targets,
         calibration_at_once=_calibration_at_once(recipe, skeleton, calibration),
         evaluation_at_once=max(1, EVALUATION_TOKENS // calibration.tokens.shape[1]),
@@ -254,9 +254,13 @@ def _fitting_group(linears: dict[str, Any], targets: frozenset[str]) -> int:
     return next((g for g in groups if all(linears[n].in_features % g == 0 for n in targets)), -1)
 
 
-def _strategies(recipe: Recipe, notes: list[str]) -> tuple[str, ...]:
+def _strategies(recipe: Recipe, tuning: Tuning | None, notes: list[str]) -> tuple[str, ...]:
     if recipe.strategy != "auto":
         return (recipe.strategy,)
+    bound = [each for each in tuning.adapters if each.needs_quantized_base] if tuning else []
+    if bound:
+        notes.append(f"strategy auto: only 'dequantize' is right: {bound[0].base_reason}")
+        return ("dequantize",)
     if recipe.original is None:
         notes.append("strategy auto: without --original only 'dequantize' is possible")
         return ("dequantize",)

@@ -184,6 +184,9 @@ class Recipe(Scoring):
         "An earlier release, to be scored as an arm of its own and compared with the new one.",
         unset="none",
     )
+    force: bool = option(
+        False, SWITCH, "Models", "Take --original for the base's original whatever the weights say."
+    )
     combine: Combination | None = option(
         None,
         choice(*get_args(Combination)),

@@ -47,6 +47,7 @@ def open_tuning(recipe: Recipe, skeleton: Skeleton | None, faults: Faults) -> Tu
     change = links[0] if len(links) == 1 else Chain(links=tuple(links))
     faults.found += change.faults
     faults.found += _homeless(skeleton, change)
+    faults.found += _bound_to_base(recipe, adapters)
     return Tuning(change=change, adapters=tuple(adapters))
 
 
@@ -96,6 +97,21 @@ def _homeless(skeleton: Skeleton, change: Change) -> list[Fault]:
     return [
         Fault(where="--adapter", message=f"changes {name}, which the model does not have")
         for name in lost
+    ]
+
+
+def _bound_to_base(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Fault]:
+    """Adapters whose start makes the original the wrong weight to merge onto."""
+    if recipe.strategy != "substitute":
+        return []
+    return [
+        Fault(
+            where="--strategy",
+            message=f"'substitute' would be wrong for {each.path}: {each.base_reason}",
+            hint="use --strategy dequantize",
+        )
+        for each in adapters
+        if each.needs_quantized_base
     ]
 
 

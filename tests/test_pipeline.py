@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from qmerge.errors import ModelError
 from qmerge.formats import open_format
 from qmerge.pipeline import run
 from qmerge.recipe import Recipe
@@ -304,3 +306,27 @@ def test_several_adapters_one_on_the_other_and_only_where_asked(
 
 def base_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def test_another_model_is_not_taken_for_the_original(
+    asked: Recipe, tiny_nf4: Path, tiny_original: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_original, other)
+    generator = torch.Generator().manual_seed(0)
+    for file in other.glob("*.safetensors"):
+        tensors = {
+            name: torch.randn(t.shape, generator=generator).to(t) * 0.05 if t.dim() == 2 else t
+            for name, t in load_file(file).items()
+        }
+        save_file(tensors, file)
+    recipe = replace(
+        asked, base=tiny_nf4, original=other, out=tmp_path / "out", strategy="substitute"
+    )
+    with pytest.raises(ModelError, match=r"not what the base was quantized from.*model\.layers"):
+        run(recipe)
+    assert not recipe.out.exists()
+    run(replace(recipe, force=True, restart=True))
+    assert recipe.out.is_dir()

@@ -55,6 +55,10 @@ class Weights:
         """The parameter on the integer grid it is stored on, if it is on one."""
         return self.format.integer(self.names.stored[parameter])
 
+    def is_quantized(self, parameter: str) -> bool:
+        """Whether the parameter is stored quantized."""
+        return self.format.weights[self.names.stored[parameter]].quantized
+
     def shape(self, parameter: str) -> tuple[int, ...]:
         return tuple(self.format.weights[self.names.stored[parameter]].shape)
 
