@@ -1,0 +1,190 @@
+"""AWQ checkpoints in the gemm layout, 4 bits.
+
+Shapes: O out features, I in features, G groups along I. Stored per linear: qweight int32 [I, O/8]
+and qzeros int32 [G, O/8], both packed along O in the order below; scales [G, O].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import CheckpointError
+from qmerge.formats.base import (
+    DENSE_DTYPES,
+    FormatSummary,
+    IntegerWeight,
+    Reader,
+    StoredWeight,
+    common_dtype,
+    dense_weights,
+    expect_dtype,
+    expect_finite,
+    expect_shape,
+    modules_with,
+    nothing_quantized,
+    required,
+    tally,
+)
+from qmerge.formats.settings import Settings
+from qmerge.storage.checkpoint import Checkpoint
+from qmerge.storage.headers import TensorInfo
+
+BITS = 4
+PER_WORD = 8
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+# Fields of a word, lowest first, hold the outputs 0, 2, 4, 6, 1, 3, 5, 7; so output k lies in:
+FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AwqLinear:
+    """One quantized linear."""
+
+    module: str
+    out_features: int
+    in_features: int
+    group_size: int
+    symmetric: bool
+
+    def stored(self, suffix: str) -> str:
+        return f"{self.module}.{suffix}"
+
+
+class AwqReader(Reader):
+    """AWQ as AutoAWQ and gptqmodel write it for the gemm kernel."""
+
+    methods: ClassVar[tuple[str, ...]] = ("awq",)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        linears: Mapping[str, AwqLinear],
+        name: str,
+        weights: Iterable[StoredWeight],
+        summary: FormatSummary,
+    ) -> None:
+        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
+        self._linears = linears
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
+        _check(settings)
+        modules, others = modules_with(checkpoint.tensors, SUFFIXES)
+        linears = {
+            f"{module}.weight": _describe(module, parts, settings)
+            for module, parts in modules.items()
+        }
+        if not linears:
+            raise nothing_quantized(checkpoint, settings.file, "awq")
+        weights = dense_weights(checkpoint, others, settings.method)
+        dtype = common_dtype(weights)
+        weights += [_weight(name, linear, dtype) for name, linear in linears.items()]
+        return cls(
+            checkpoint,
+            linears=linears,
+            name="awq-gemm",
+            weights=weights,
+            summary=_summary(settings, weights),
+        )
+
+    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight:
+        linear = self._linears[weight.name]
+        qweight, qzeros, scales_GO = (
+            self.checkpoint.read(linear.stored(suffix)) for suffix in SUFFIXES
+        )
+        expect_finite(linear.stored("scales"), scales_GO)
+        return IntegerWeight(
+            codes_OI=unpack_gemm(qweight)[rows],
+            scales_OG=scales_GO[:, rows].T.contiguous(),
+            zeros_OG=unpack_gemm(qzeros)[rows].to(torch.int32),
+            g_idx_I=None,
+            bits=BITS,
+            group_size=linear.group_size,
+            symmetric=linear.symmetric,
+        )
+
+
+def unpack_gemm(words: Tensor) -> Tensor:
+    """uint8 [O, N] of int32 words [N, O/8]: one row per output, in their natural order."""
+    words = words.T.contiguous()
+    codes = torch.empty(words.shape[0], PER_WORD, words.shape[1], dtype=torch.uint8)
+    for output, field in enumerate(FIELD_OF_OUTPUT):
+        codes[:, output] = (words >> (BITS * field)) & ((1 << BITS) - 1)
+    return codes.flatten(0, 1)
+
+
+def _check(settings: Settings) -> None:
+    """CheckpointError for another kernel's layout or width."""
+    layout = settings.text("version", settings.text("checkpoint_format", "gemm"))
+    bits = settings.integer("bits", BITS)
+    if layout == "gemm" and bits == BITS and settings.text("backend", "autoawq") != "llm-awq":
+        return
+    raise CheckpointError(
+        f"{settings.file}: AWQ with {bits} bits in the layout {layout!r}",
+        hint="qmerge reads AWQ of 4 bits in the layout gemm, the usual one",
+    )
+
+
+def _describe(module: str, parts: Mapping[str, TensorInfo], settings: Settings) -> AwqLinear:
+    """Shapes of one linear, checked against the settings."""
+    qweight, scales = parts["qweight"], required(module, parts, "scales")
+    qzeros = required(module, parts, "qzeros")
+    expect_dtype(qweight, (torch.int32,), "packed code")
+    expect_dtype(qzeros, (torch.int32,), "packed zero point")
+    expect_dtype(scales, DENSE_DTYPES, "scale")
+    if len(qweight.shape) != 2:
+        raise CheckpointError(f"{qweight.name}: shape {list(qweight.shape)} is no matrix")
+    in_features, out_features = qweight.shape[0], qweight.shape[1] * PER_WORD
+    group_size = settings.integer("group_size", 128)
+    if group_size != -1 and group_size < 1:
+        raise CheckpointError(f"{settings.file}: group size {group_size} for {module}")
+    group_size = -1 if group_size >= in_features else group_size
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    of = f"{BITS} bits, group size {group_size}"
+    expect_shape(f"{module}.scales", scales.shape, (groups, out_features), of)
+    expect_shape(f"{module}.qzeros", qzeros.shape, (groups, qweight.shape[1]), of)
+    return AwqLinear(
+        module=module,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=group_size,
+        symmetric=_symmetric(settings),
+    )
+
+
+def _symmetric(settings: Settings) -> bool:
+    """AutoAWQ says `zero_point`, gptqmodel says `sym`."""
+    if "zero_point" in settings.values:
+        return not settings.values["zero_point"]
+    return bool(settings.values.get("sym", False))
+
+
+def _weight(name: str, linear: AwqLinear, dtype: torch.dtype) -> StoredWeight:
+    return StoredWeight(
+        name=name,
+        shape=(linear.out_features, linear.in_features),
+        dtype=dtype,
+        quantized=True,
+        sources=tuple(linear.stored(suffix) for suffix in SUFFIXES),
+    )
+
+
+def _summary(settings: Settings, weights: Sequence[StoredWeight]) -> FormatSummary:
+    return FormatSummary(
+        method="awq",
+        checkpoint_format="gemm",
+        settings_file=settings.file,
+        bits=BITS,
+        group_size=settings.integer("group_size", 128),
+        symmetric=_symmetric(settings),
+        desc_act=False,
+        quantizer=settings.quantizer,
+        **tally(weights),
+    )

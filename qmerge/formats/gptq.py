@@ -1,0 +1,384 @@
+"""GPTQ checkpoints: `gptq` (v1, AutoGPTQ's) and `gptq_v2`, read and written.
+
+Shapes: O out features, I in features, G groups along I, b bits. Stored per linear: qweight int32
+[I·b/32, O] packed along I, qzeros int32 [G, O·b/32] packed along O, scales [G, O], g_idx int32 [I].
+
+v1 stores each zero point less one. Where a zero point is 0 that wraps, and programs differ in how
+far: AutoGPTQ subtracts within each field; gptqmodel subtracts from whole words, so that the borrow
+runs into the next field. A file must be read the way it was written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import CheckpointError, RecipeError
+from qmerge.formats.base import (
+    DENSE_DTYPES,
+    WORD_DTYPES,
+    FormatSummary,
+    IntegerWeight,
+    Reader,
+    StoredWeight,
+    common_dtype,
+    dense_weights,
+    expect_dtype,
+    expect_finite,
+    expect_shape,
+    modules_with,
+    nothing_quantized,
+    real_group_index,
+    required,
+    tally,
+)
+from qmerge.formats.packing import pack, unpack, words_for
+from qmerge.formats.settings import Settings, modern
+from qmerge.storage.checkpoint import Checkpoint
+from qmerge.storage.headers import TensorInfo
+
+BITS = (2, 3, 4, 8)
+VERSIONS = {"gptq": 1, "gptq_v2": 2}
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+V1Zeros = Literal["field", "word"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLinear:
+    """One quantized linear as the settings and the headers describe it."""
+
+    module: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    out_features: int
+    in_features: int
+    groups: int
+    has_g_idx: bool
+
+    def stored(self, suffix: str) -> str:
+        return f"{self.module}.{suffix}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """An entry of `dynamic`: settings for the modules that a regular expression matches."""
+
+    pattern: re.Pattern[str]
+    values: Mapping[str, Any] | None
+    """None keeps the modules out of quantization."""
+
+
+class GptqReader(Reader):
+    """GPTQ with 2, 3, 4 or 8 bits, any group size, with or without act-order."""
+
+    methods: ClassVar[tuple[str, ...]] = ("gptq",)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        linears: Mapping[str, PackedLinear],
+        version: int,
+        v1_zeros: V1Zeros,
+        name: str,
+        weights: Iterable[StoredWeight],
+        summary: FormatSummary,
+    ) -> None:
+        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
+        self._linears = linears
+        self._version = version
+        self._v1_zeros = v1_zeros
+
+    @classmethod
+    def open(
+        cls, checkpoint: Checkpoint, settings: Settings, *, v1_zeros: V1Zeros | None = None
+    ) -> Self:
+        """Headers only. `v1_zeros` overrides what `meta.quantizer` says about v1 zero points."""
+        name = _known_format(settings)
+        overrides = _overrides(settings)
+        modules, others = modules_with(checkpoint.tensors, SUFFIXES)
+        linears = {
+            f"{module}.weight": _describe(module, parts, settings, overrides)
+            for module, parts in modules.items()
+        }
+        if not linears:
+            raise nothing_quantized(checkpoint, settings.file, "gptq")
+        weights = dense_weights(checkpoint, others, settings.method)
+        dtype = common_dtype(weights)
+        weights += [_weight(key, linear, dtype) for key, linear in linears.items()]
+        return cls(
+            checkpoint,
+            linears=linears,
+            version=VERSIONS[name],
+            v1_zeros=v1_zeros or _writer_convention(settings),
+            name=name,
+            weights=weights,
+            summary=_summary(name, settings, overrides, weights),
+        )
+
+    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight:
+        linear, read = self._linears[weight.name], self.checkpoint.read
+        qweight, qzeros = read(linear.stored("qweight")), read(linear.stored("qzeros"))
+        codes_IO = unpack(qweight[:, rows], linear.bits, linear.in_features, dim=0)
+        if self._version == 1:
+            zeros_GO = true_zeros(qzeros, linear.bits, linear.out_features, self._v1_zeros)
+        else:
+            zeros_GO = unpack(qzeros, linear.bits, linear.out_features).to(torch.int32)
+        scales_GO = expect_finite(linear.stored("scales"), read(linear.stored("scales")))
+        g_idx = read(linear.stored("g_idx")) if linear.has_g_idx else None
+        return IntegerWeight(
+            codes_OI=codes_IO.T,
+            scales_OG=scales_GO[:, rows].T.contiguous(),
+            zeros_OG=zeros_GO[:, rows].T.contiguous(),
+            g_idx_I=real_group_index(
+                linear.stored("g_idx"), g_idx, linear.group_size, linear.groups
+            ),
+            bits=linear.bits,
+            group_size=linear.group_size,
+            symmetric=linear.symmetric,
+        )
+
+
+def true_zeros(qzeros_GW: Tensor, bits: int, out_features: int, convention: V1Zeros) -> Tensor:
+    """Zero points int32 [G, O] of v1 `qzeros`: what is stored, plus one.
+
+    `word` adds to whole words, as gptqmodel does for 2, 4 and 8 bits; fields of 3 bits straddle
+    words and gptqmodel 7 treats them as AutoGPTQ does.
+    """
+    if convention == "word" and bits != 3:
+        word_bits = qzeros_GW.element_size() * 8
+        ones = sum(1 << place for place in range(0, word_bits, bits))
+        # Two's complement, so that the sum wraps as it does on whole words.
+        ones -= (ones >> (word_bits - 1)) << word_bits
+        return unpack(qzeros_GW + ones, bits, out_features).to(torch.int32)
+    stored = unpack(qzeros_GW, bits, out_features).to(torch.int32)
+    return (stored + 1) & ((1 << bits) - 1)
+
+
+def _writer_convention(settings: Settings) -> V1Zeros:
+    return "word" if "gptqmodel" in (settings.quantizer or "").lower() else "field"
+
+
+def _known_format(settings: Settings) -> str:
+    found = settings.text("checkpoint_format", "gptq")
+    if settings.values.get("is_marlin_format"):
+        found = "marlin"
+    if found not in VERSIONS:
+        raise CheckpointError(
+            f"{settings.file}: GPTQ in the layout {found!r}, which only its own kernel reads",
+            hint=f"qmerge reads {' and '.join(VERSIONS)}: export the model in one of them",
+        )
+    return found
+
+
+def _overrides(settings: Settings) -> tuple[Override, ...]:
+    dynamic = settings.values.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"{settings.file}: dynamic is not a table of patterns")
+    return tuple(_override(key, values, settings) for key, values in dynamic.items())
+
+
+def _override(key: str, values: Any, settings: Settings) -> Override:
+    try:
+        pattern = re.compile(key[2:] if key.startswith(("+:", "-:")) else key)
+    except re.error as error:
+        raise CheckpointError(
+            f"{settings.file}: dynamic has the pattern {key!r}, which is no regular expression"
+        ) from error
+    if key.startswith("-:"):
+        return Override(pattern=pattern, values=None)
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{settings.file}: dynamic has no settings for {key!r}")
+    return Override(pattern=pattern, values=modern(values))
+
+
+def _describe(
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    settings: Settings,
+    overrides: Sequence[Override],
+) -> PackedLinear:
+    """Settings and shapes of one linear, checked against each other."""
+    own = _settings_of(module, settings, overrides)
+    bits, group_size = own.integer("bits"), own.integer("group_size", -1)
+    if bits not in BITS:
+        raise CheckpointError(
+            f"{module}: GPTQ with {bits} bits", hint=f"qmerge reads {', '.join(map(str, BITS))}"
+        )
+    qweight, scales = parts["qweight"], required(module, parts, "scales")
+    qzeros, g_idx = required(module, parts, "qzeros"), parts.get("g_idx")
+    _expect_kinds(qweight, qzeros, scales, g_idx)
+    word_bits = qweight.dtype.itemsize * 8
+    rows, out_features = qweight.shape
+    in_features = g_idx.shape[0] if g_idx is not None else rows * word_bits // bits
+    if group_size != -1 and group_size < 1:
+        raise CheckpointError(f"{settings.file}: group size {group_size} for {module}")
+    group_size = -1 if group_size >= in_features else group_size
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    of = f"{bits} bits, group size {group_size}"
+    expect_shape(
+        f"{module}.qweight",
+        qweight.shape,
+        (words_for(in_features, bits, word_bits), out_features),
+        of,
+    )
+    expect_shape(f"{module}.scales", scales.shape, (groups, out_features), of)
+    expect_shape(
+        f"{module}.qzeros",
+        qzeros.shape,
+        (groups, words_for(out_features, bits, qzeros.dtype.itemsize * 8)),
+        of,
+    )
+    return PackedLinear(
+        module=module,
+        bits=bits,
+        group_size=group_size,
+        symmetric=bool(own.values.get("sym", True)),
+        out_features=out_features,
+        in_features=in_features,
+        groups=groups,
+        has_g_idx=g_idx is not None,
+    )
+
+
+def _expect_kinds(
+    qweight: TensorInfo, qzeros: TensorInfo, scales: TensorInfo, g_idx: TensorInfo | None
+) -> None:
+    expect_dtype(qweight, WORD_DTYPES, "packed code")
+    expect_dtype(qzeros, WORD_DTYPES, "packed zero point")
+    expect_dtype(scales, DENSE_DTYPES, "scale")
+    if len(qweight.shape) != 2:
+        raise CheckpointError(f"{qweight.name}: shape {list(qweight.shape)} is no matrix")
+    if g_idx is None:
+        return
+    expect_dtype(g_idx, WORD_DTYPES, "group index")
+    if len(g_idx.shape) != 1 or not g_idx.shape[0]:
+        raise CheckpointError(f"{g_idx.name}: shape {list(g_idx.shape)} is no list of groups")
+
+
+def _settings_of(module: str, settings: Settings, overrides: Sequence[Override]) -> Settings:
+    """The settings of one module: the first override that matches it, over the general ones."""
+    for override in overrides:
+        if not override.pattern.match(module):
+            continue
+        if override.values is None:
+            raise CheckpointError(
+                f"{module}.qweight: the settings keep this module out of quantization",
+                hint=f"`dynamic` in {settings.file} is of another checkpoint",
+            )
+        values = {key: value for key, value in override.values.items() if value is not None}
+        return Settings(
+            method=settings.method, file=settings.file, values={**settings.values, **values}
+        )
+    return settings
+
+
+def _weight(name: str, linear: PackedLinear, dtype: torch.dtype) -> StoredWeight:
+    suffixes = SUFFIXES if linear.has_g_idx else SUFFIXES[:3]
+    return StoredWeight(
+        name=name,
+        shape=(linear.out_features, linear.in_features),
+        dtype=dtype,
+        quantized=True,
+        sources=tuple(linear.stored(suffix) for suffix in suffixes),
+    )
+
+
+def _summary(
+    name: str,
+    settings: Settings,
+    overrides: Sequence[Override],
+    weights: Sequence[StoredWeight],
+) -> FormatSummary:
+    return FormatSummary(
+        method="gptq",
+        checkpoint_format=name,
+        settings_file=settings.file,
+        bits=settings.integer("bits"),
+        group_size=settings.integer("group_size", -1),
+        symmetric=bool(settings.values.get("sym", True)),
+        desc_act=bool(settings.values.get("desc_act", False)),
+        quantizer=settings.quantizer,
+        overrides=tuple(settings.values.get("dynamic") or ()),
+        **tally(weights),
+    )
+
+
+def pack_gptq(weight: IntegerWeight, *, version: Literal[1, 2] = 1) -> dict[str, Tensor]:
+    """The four stored tensors of one linear, by suffix; scales keep their dtype.
+
+    RecipeError where version 1 is asked to hold a zero point of 0: it is stored less one, and
+    programs disagree about how it wraps, so that no file would be read the same by all.
+    """
+    zeros_GO = weight.zeros_OG.T
+    if version == 1:
+        if bool((zeros_GO == 0).any()):
+            raise RecipeError(
+                "the format gptq (v1) cannot hold a zero point of 0",
+                hint="write an asymmetric release as gptq_v2 or compressed-tensors",
+            )
+        zeros_GO = zeros_GO - 1
+    return {
+        "qweight": pack(weight.codes_OI.T, weight.bits, dim=0),
+        "qzeros": pack(zeros_GO, weight.bits),
+        "scales": weight.scales_OG.T.contiguous(),
+        "g_idx": weight.group_of_column.to(torch.int32),
+    }
+
+
+def quantization_config(
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    desc_act: bool,
+    version: Literal[1, 2] = 1,
+    damping: float,
+    writer: str,
+    quantized: Iterable[str],
+    kept: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The settings for config.json (`quantization_config`) and for quantize_config.json.
+
+    `quantized` and `kept` are the linears of the decoder layers that are packed and that stay in
+    16 bits, by module name: gptqmodel and vLLM learn of the latter from `dynamic`, transformers
+    from `modules_in_block_to_quantize`. `writer` is a program and its version as in `qmerge:1.0`.
+
+    RecipeError for asymmetric v1, which gptqmodel loads from no writer but itself.
+    """
+    if version == 1 and not symmetric:
+        raise RecipeError(
+            "the format gptq (v1) is for symmetric grids: gptqmodel refuses others",
+            hint="write an asymmetric release as gptq_v2 or compressed-tensors",
+        )
+    name = next(name for name, number in VERSIONS.items() if number == version)
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": symmetric,
+        "lm_head": False,
+        "checkpoint_format": name,
+        "format": name,
+        "pack_dtype": "int32",
+        "damp_percent": damping,
+        "true_sequential": True,
+        "meta": {
+            "quantizer": [writer],
+            "damp_percent": damping,
+            "true_sequential": True,
+        },
+    }
+    kept = sorted(kept)
+    if kept:
+        config["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in kept}
+        config["modules_in_block_to_quantize"] = [sorted(quantized)]
+    return config
