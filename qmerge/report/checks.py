@@ -76,7 +76,11 @@ def of_comparison(comparison: Comparison, new: RunResult) -> Checked:
 def _limits(gate: Iterable[GateVerdict]) -> list[Check]:
     """The words before " is " name a limit; those after it hold its value."""
     return [
-        Check(name=found.text.rpartition(" is ")[0] or found.limit, passed=found.passed, text=found.text)
+        Check(
+            name=found.text.rpartition(" is ")[0] or found.limit,
+            passed=found.passed,
+            text=found.text,
+        )
         for found in gate
     ]
 

@@ -10,7 +10,7 @@ from qmerge.report.checks import Checked
 from qmerge.report.words import printable
 
 
-def annotations(checked: Checked) -> str:
+def commands(checked: Checked) -> str:
     """An error for each check that failed, else a notice; a warning for each of the report's."""
     fallen = [check for check in checked.checks if not check.passed]
     lines = [_command("error", f"{checked.command}: {c.name}", c.text) for c in fallen]

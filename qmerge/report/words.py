@@ -33,6 +33,8 @@ SMALLEST_GAIN = 0.02
 # A linear is pointed at when its error is this far above that of its like in other layers: in a
 # healthy release the o_proj of a first layer was at 8, and two bits fewer cost about 25.
 LOUD = 12.0
+# It also has to be this share of the output's power: what is less is heard nowhere.
+HEARD = 0.01
 # merged and trained are one model under `dequantize`, up to rounding in the forward pass.
 EQUAL_KL = 1e-5
 
@@ -323,7 +325,7 @@ def loud(result: RunResult) -> list[tuple[LinearResult, float]]:
             continue
         peers = like[projection(linear.name)]
         usual = median(peers if len(peers) >= 3 else everywhere)
-        if usual > 0 and linear.error > LOUD * usual:
+        if usual > 0 and linear.error > max(LOUD * usual, HEARD):
             found.append((linear, linear.error / usual))
     return sorted(found, key=lambda pair: -pair[1])
 
