@@ -14,13 +14,14 @@ from typing import Any
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
 from qmerge.estimate import layer_bytes, summarize, token_bytes
+from qmerge.formats.simulated import SimulatedReader, parse_base_quant
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_weights
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
-from qmerge.names import module_of
+from qmerge.names import WEIGHT, module_of
 from qmerge.recipe import Recipe
 from qmerge.results import PlanSummary
 from qmerge.storage.checkpoint import Checkpoint
@@ -76,6 +77,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     with faults.at("--base"):
         skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         probe(skeleton)
+        base = _as_trained(recipe, skeleton, base, notes)
     tuning = open_tuning(recipe, skeleton, faults)
     if skeleton is not None and base is not None:
         with faults.at("--original"):
@@ -114,6 +116,28 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         device=pick_device(recipe.device),
         notes=(*notes, *(tuning.change.notes if tuning else ())),
     )
+
+
+def _as_trained(
+    recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]
+) -> Weights:
+    """The base as the adapter saw it, where training quantized it on the fly."""
+    dense = not base.format.summary.quantized
+    if recipe.base_quant is None:
+        if dense and recipe.adapters():
+            notes.append(
+                "the base is dense and is taken as it is stored; if training loaded it in 4 or 8"
+                " bits, say so: --base-quant nf4,double"
+            )
+        return base
+    quant = parse_base_quant(recipe.base_quant)
+    if not dense:
+        raise RecipeError(
+            f"--base-quant is for a dense base; {recipe.base} is {base.format.name}",
+            hint="leave it out: the base is decoded from its own codes",
+        )
+    names = [base.names.stored[name + WEIGHT] for name in skeleton.linears()]
+    return dataclasses.replace(base, format=SimulatedReader(base.checkpoint, base.format, names, quant))
 
 
 def _check_out(recipe: Recipe, faults: Faults) -> None:

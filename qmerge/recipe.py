@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from qmerge.errors import Fault
 from qmerge.options import (
     ADAPTERS,
+    BASE_QUANT,
     DEVICE,
     EVALS,
     FOLDER,
@@ -183,6 +184,13 @@ class Recipe(Scoring):
         "Models",
         "An earlier release, to be scored as an arm of its own and compared with the new one.",
         unset="none",
+    )
+    base_quant: str | None = option(
+        None,
+        BASE_QUANT,
+        "Models",
+        "How training quantized a dense base when it loaded it.",
+        unset="the base is taken as it is stored",
     )
     force: bool = option(
         False, SWITCH, "Models", "Take --original for the base's original whatever the weights say."

@@ -330,3 +330,13 @@ def test_another_model_is_not_taken_for_the_original(
     assert not recipe.out.exists()
     run(replace(recipe, force=True, restart=True))
     assert recipe.out.is_dir()
+
+
+def test_a_base_quantized_on_the_fly_is_the_one_that_was_saved(
+    asked: Recipe, nf4_run: tuple[Recipe, RunResult], tmp_path: Path
+) -> None:
+    result = run(replace(asked, base_quant="nf4,double", out=tmp_path / "release"))
+    saved = nf4_run[1]
+    for arm in ("quantized_base", "trained"):
+        found = result.arms[arm]["held_out"].perplexity
+        assert close(found, saved.arms[arm]["held_out"].perplexity, 1e-9)

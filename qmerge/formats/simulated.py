@@ -1,0 +1,115 @@
+"""A base that training quantized on the fly: the original, quantized by bitsandbytes and decoded.
+
+`load_in_4bit` and `load_in_8bit` leave no quantized folder behind. bitsandbytes does here what it
+did there, on the same weights in the same dtype, so the base that the adapter saw comes back.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import RecipeError
+from qmerge.formats.base import ALL, Format, Reader, StoredWeight
+from qmerge.storage.checkpoint import Checkpoint
+
+Kind = Literal["nf4", "fp4", "int8"]
+BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+HINT = "use nf4, fp4 or int8, then ,double and ,block=64 where training had them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseQuant:
+    """How training quantized its base; `block` elements share a scale (4 bits only)."""
+
+    kind: Kind
+    double: bool = False
+    block: int = 64
+
+    @property
+    def name(self) -> str:
+        double = ", double" if self.double else ""
+        return f"{self.kind} simulated" + (f"{double}, block {self.block}" if self.bits == 4 else "")
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.kind == "int8" else 4
+
+
+def parse_base_quant(text: str) -> BaseQuant:
+    """`nf4|fp4|int8[,double][,block=N]`; RecipeError for anything else."""
+    kind, *options = (part.strip() for part in text.split(","))
+    block = 64
+    double = "double" in options
+    for option in options:
+        match = re.fullmatch(r"block=(\d{1,5})", option)
+        if match:
+            block = int(match[1])
+        elif option != "double":
+            raise RecipeError(f"--base-quant: {option!r} is not known", hint=HINT)
+    if kind not in ("nf4", "fp4", "int8") or block not in BLOCKS:
+        raise RecipeError(f"--base-quant: {text!r} is not known", hint=HINT)
+    if kind == "int8" and options:
+        raise RecipeError("--base-quant: int8 has neither blocks nor double quantization", hint=HINT)
+    return BaseQuant(kind=cast(Kind, kind), double=double, block=block)
+
+
+class SimulatedReader(Reader):
+    """A dense checkpoint some of whose linears read as bitsandbytes would decode them."""
+
+    methods = ()
+
+    def __init__(
+        self, checkpoint: Checkpoint, dense: Format, names: Iterable[str], quant: BaseQuant
+    ) -> None:
+        chosen = frozenset(names)
+        weights = [
+            dataclasses.replace(weight, quantized=True) if weight.name in chosen else weight
+            for weight in dense.weights.values()
+        ]
+        summary = dataclasses.replace(
+            dense.summary,
+            method="bitsandbytes",
+            checkpoint_format=quant.name,
+            bits=quant.bits,
+            block_size=quant.block if quant.bits == 4 else None,
+            double_quantization=quant.double if quant.bits == 4 else None,
+            quantized=len(chosen),
+            dense=len(weights) - len(chosen),
+        )
+        super().__init__(checkpoint, name=quant.name, weights=weights, summary=summary)
+        self._quant = quant
+
+    def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
+        stored_OI = self.checkpoint.read(weight.name)
+        decoded_OI = round_trip(stored_OI, self._quant)
+        return (decoded_OI if rows == ALL else decoded_OI[rows]).to(dtype)
+
+
+def round_trip(weight_OI: Tensor, quant: BaseQuant) -> Tensor:
+    """Quantize a weight as bitsandbytes' layers do when a model is loaded, and decode it again.
+
+    4 bits come back in the weight's dtype, as in its matrix products; int8 in float32.
+    """
+    import bitsandbytes.functional as bnb
+
+    if quant.kind == "int8":
+        codes_OI, scale_O, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16))
+        decoded: Tensor = codes_OI.float() * (scale_O.float()[:, None] / 127)
+        return decoded
+    packed, state = bnb.quantize_4bit(
+        weight_OI.contiguous(),
+        blocksize=quant.block,
+        compress_statistics=quant.double,
+        quant_type=quant.kind,
+    )
+    unpacked: Tensor = bnb.dequantize_4bit(packed, state)
+    return unpacked.view_as(weight_OI)
