@@ -15,7 +15,7 @@ def token_bytes(skeleton: Skeleton) -> int:
     """Bytes of activations per token at a layer's widest point: what the MLP holds at once."""
     widest = max(module.out_features for module in skeleton.linears().values())
     hidden = int(text_config(skeleton.model.config).hidden_size)
-    return 4 * (4 * hidden + 4 * widest)
+    return 4 * (8 * hidden + 5 * widest)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
@@ -103,7 +103,7 @@ def _stream_bytes(job: Job) -> int:
     """Two generations of hidden states: each arm's evaluation windows, each release's calibration."""
     hidden = int(text_config(job.skeleton.model.config).hidden_size)
     evaluated = sum(corpus.tokens.numel() for corpus in job.evaluation) * len(arm_names(job))
-    calibrated = job.calibration.tokens.numel() * len(job.strategies)
+    calibrated = 2 * job.calibration.tokens.numel() * len(job.strategies)
     return 2 * 4 * hidden * (evaluated + calibrated)
 
 

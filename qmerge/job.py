@@ -13,7 +13,7 @@ from qmerge.adapters import Adapter, Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError
 from qmerge.formats.writing import OutputFormat
-from qmerge.gptq import GridSpec
+from qmerge.gptq import GridChoice, GridSpec
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
@@ -28,6 +28,9 @@ class Settings:
     order: ActOrder
     damping: float
     format: OutputFormat
+    grid: GridChoice
+    unit_survival: bool
+    asymmetric: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,6 +229,9 @@ def _settings(recipe: Recipe, base: Weights) -> Settings:
         ),
         order=recipe.act_order,
         damping=recipe.damping,
+        grid=recipe.grid,
+        unit_survival=recipe.unit_survival,
+        asymmetric=recipe.objective == "asymmetric",
         format=recipe.format or ("gptq" if symmetric else "gptq_v2"),
     )
 

@@ -35,6 +35,8 @@ from qmerge.options import (
 
 Strategy = Literal["dequantize", "substitute", "auto"]
 ActOrder = Literal["none", "group", "full"]
+GridChoice = Literal["fresh", "anchored", "auto"]
+Objective = Literal["asymmetric", "symmetric"]
 OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Combination = Literal[
     "linear",
@@ -267,6 +269,25 @@ class Recipe(Scoring):
         "Quantizer",
         "Order in which columns are rounded: as they stand, the loudest first inside each group,"
         " or the loudest first overall (desc_act).",
+    )
+    grid: GridChoice = option(
+        "auto",
+        choice("fresh", "anchored", "auto"),
+        "Quantizer",
+        "Steps fitted anew, a GPTQ base's own, or for each row of a weight those that lose less.",
+    )
+    unit_survival: bool = option(
+        True,
+        SWITCH,
+        "Quantizer",
+        "Push the target out until the adapter's update survives rounding whole.",
+        flag="--unit-survival/--no-unit-survival",
+    )
+    objective: Objective = option(
+        "asymmetric",
+        choice("asymmetric", "symmetric"),
+        "Quantizer",
+        "Aim at what the merged model computes on its own inputs, or at its weights.",
     )
     damping: float = option(
         0.01,

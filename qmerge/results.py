@@ -151,12 +151,15 @@ class Remedy:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
-    """One requantized linear. `error` is ||(W - Q) X||^2 / ||W X||^2 on the calibration text."""
+    """One requantized linear. `anchored` is the share of its rows on the base's own grid, `kappa`
+    how far the target was pushed out so that the update survives whole. `error` is ||(W - Q) X||^2 / ||W X||^2 on the calibration text."""
 
     name: str
     bits: int | None = None
     group_size: int | None = None
     grid: str | None = None
+    anchored: float | None = None
+    kappa: float | None = None
     loss: float | None = None
     error: float | None = None
     damping: float | None = None

@@ -53,6 +53,11 @@ def calibration_key(strategy: str) -> str:
     return f"calibration@{strategy}"
 
 
+def reference_key(strategy: str) -> str:
+    """The stream of calibration text through the merged model that the release aims at."""
+    return f"reference@{strategy}"
+
+
 class Walk:
     """One pass over the units of a job, continued from what the workspace has."""
 
@@ -96,6 +101,9 @@ class Walk:
             for strategy in self.job.strategies:
                 key = calibration_key(strategy)
                 self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
+                arm = merged_arm(strategy) if self.job.change is not None else REFERENCE
+                tokens = self.job.calibration.tokens
+                self._enter(self.frames[arm], reference_key(strategy), tokens)
         self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def layer(self, unit: Unit) -> None:
@@ -214,18 +222,27 @@ class Walk:
             layer,
             {**merged, **{name: t.float().to(self.job.device) for name, t in written.items()}},
         )
+        reference = self.job.skeleton.layer(unit.index)
+        fill(reference, merged)
         work = Requantizer(
-            layer.to(self.job.device), self._weights(unit, merged, origin), self.job.settings
+            layer.to(self.job.device),
+            reference.to(self.job.device),
+            self._weights(unit, merged, origin),
+            self.job.settings,
         )
-        key = calibration_key(strategy)
+        key, twin = calibration_key(strategy), reference_key(strategy)
         calibration = Calibration(
             read=lambda start, stop: self.streams.read(key, start, stop).to(self.job.device),
+            read_reference=lambda start, stop: self.streams.read(twin, start, stop).to(
+                self.job.device
+            ),
             windows=self.job.calibration.tokens.shape[0],
             at_once=self.job.calibration_at_once,
         )
         with self._timed("requantize"):
-            for hidden in work.run(calibration, self.calls[unit.index]):
+            for hidden, expected in work.run(calibration, self.calls[unit.index]):
                 self.streams.append(key, hidden)
+                self.streams.append(twin, expected)
         self._advance(unit, release_arm(strategy), layer, result)
         result.linears[strategy] = [
             replace(work.results[name], name=join(unit.path, name))
@@ -392,7 +409,8 @@ def _streams(job: Job) -> dict[str, Stream]:
         found[key_of(NOISE, corpus.name)] = Stream(windows=few, length=length, width=width)
     for strategy in job.strategies:
         windows, length = job.calibration.tokens.shape
-        found[calibration_key(strategy)] = Stream(windows=windows, length=length, width=width)
+        calibrated = Stream(windows=windows, length=length, width=width)
+        found[calibration_key(strategy)] = found[reference_key(strategy)] = calibrated
     return found
 
 

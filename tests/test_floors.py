@@ -88,9 +88,9 @@ FILES = {
         "chain",
         "combine",
     ),
-    "gptq": ("grid", "factor", "hessian", "target", "solver"),
+    "gptq": ("grid", "factor", "hessian", "target", "solver", "refine", "update"),
     "measure": ("tokens", "statistics", "pairing", "survival", "remedy", "worst", "gate"),
-    "model": ("skeleton", "layer", "frame", "weights", "opening", "streams"),
+    "model": ("skeleton", "layer", "residual", "frame", "weights", "opening", "streams"),
     "stages": ("substitute", "evaluate", "merge", "requantize"),
     "report": ("words", "text", "json", "markdown", "plots", "html", "card", "plan", "checks", "junit", "github"),
     "cli": (

@@ -75,5 +75,5 @@ def _shown(each: Option) -> str:
     if each.kind is NBYTES:
         return f"{each.default >> 30}GiB"
     if each.kind is SWITCH:
-        return "off"
+        return "on" if each.default else "off"
     return str(each.default)

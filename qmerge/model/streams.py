@@ -47,7 +47,8 @@ class Streams:
         self._numbers = {key: number for number, key in enumerate(self._streams)}
         self._digests: dict[str, hashlib._Hash] = {}
         self._written: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        with translated(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def stream(self, key: str) -> Stream:
         return self._streams[key]

@@ -2,27 +2,34 @@
 
 Each linear is quantized at its first touch: when a forward reaches it, its input has been made by
 the quantized linears before it, which is GPTQ's true sequence for the price of one forward. Where
-the set does not fit in memory the layer is run in micro-batches up to each group of linears.
+the set does not fit in memory both layers are run in micro-batches up to each group of linears.
 
-O, I: out and in features; G: groups; N: tokens; W, S, H: windows, tokens of a window, hidden width.
+Beside the release's layer runs the reference: the same layer, merged and not quantized, on its own
+hidden states. What it feeds each linear, and what its residual stream has there, is what the
+release's linear aims at.
+
+O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from qmerge.formats.base import IntegerWeight
-from qmerge.gptq import Factor, Hessian, Solution, factor, solve
+from qmerge.gptq import Drift, Grid, Hessian, Update, solve_update
 from qmerge.job import Settings
 from qmerge.measure.survival import linear_survival, relative_error
 from qmerge.model.layer import Call, Hidden, before_linears, run, sibling_groups
+from qmerge.model.residual import reading, residual_places
 from qmerge.results import LinearResult, Survival
 
 ReadWindows = Callable[[int, int], Hidden]
+Group = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,88 +45,195 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The release's own hidden states before this layer, and how many windows go at once."""
+    """Hidden states before this layer, the release's own and the reference's, and how many windows
+    go at once."""
 
     read: ReadWindows
+    read_reference: ReadWindows
     windows: int
     at_once: int
+
+    @property
+    def whole(self) -> bool:
+        return self.at_once >= self.windows
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.windows, self.at_once):
+            yield start, min(start + self.at_once, self.windows)
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """What a layer fed its groups of linears in one forward: inputs by a group's first linear, and
+    residual streams by the linear whose output is added to them."""
+
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Moments:
+    """What is gathered for one group before it is solved."""
+
+    hessian: Hessian
+    drift: Drift | None
+    residual: Drift | None
+
+    def add(
+        self,
+        inputs: torch.Tensor,
+        reference: torch.Tensor | None,
+        stream: torch.Tensor | None,
+        reference_stream: torch.Tensor | None,
+    ) -> None:
+        """Add the same tokens of the release and of the reference."""
+        self.hessian.add(inputs)
+        if self.drift is not None and reference is not None:
+            self.drift.add(reference, inputs, inputs)
+        if self.residual is not None and stream is not None and reference_stream is not None:
+            self.residual.add(reference_stream, stream, inputs)
 
 
 class Requantizer:
     """Quantizes the linears of one layer; `run` yields the calibration set's outputs."""
 
-    def __init__(self, layer: nn.Module, weights: Mapping[str, Weight], settings: Settings) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        reference: nn.Module,
+        weights: Mapping[str, Weight],
+        settings: Settings,
+    ) -> None:
         self.packed: dict[str, IntegerWeight] = {}
         self.results: dict[str, LinearResult] = {}
         self._layer = layer
+        self._reference = reference
         self._weights = weights
         self._settings = settings
         self._modules = {name: layer.get_submodule(name) for name in weights}
+        self._twins = {name: reference.get_submodule(name) for name in weights}
+        self._places: dict[str, str] = {}
 
-    def run(self, calibration: Calibration, call: Call) -> Iterator[Hidden]:
-        """Quantize everything, and yield the layer's outputs in order of windows."""
-        groups = sibling_groups(self._layer, calibration.read(0, 1), call, self._modules)
-        if calibration.at_once >= calibration.windows:
-            yield self._on_touch(groups, calibration.read(0, calibration.windows), call)
+    def run(self, calibration: Calibration, call: Call) -> Iterator[tuple[Hidden, Hidden]]:
+        """Quantize everything; outputs of the release's layer and of the reference's, in order."""
+        first = calibration.read_reference(0, 1)
+        groups = sibling_groups(self._reference, first, call, self._twins)
+        if self._settings.asymmetric:
+            places = residual_places(self._reference, first, call, self._twins)
+            self._places = {name: place for name, place in places.items() if (name,) in groups}
+        if calibration.whole:
+            yield self._on_touch(groups, calibration, call)
             return
         for group in groups:
             self._quantize(group, self._observe(group, calibration, call))
-        for hidden in _windows(calibration):
-            yield run(self._layer, hidden, call)
+        for start, stop in calibration.batches():
+            yield (
+                run(self._layer, calibration.read(start, stop), call),
+                run(self._reference, calibration.read_reference(start, stop), call),
+            )
 
-    def _on_touch(self, groups: Sequence[tuple[str, ...]], hidden: Hidden, call: Call) -> Hidden:
+    def _on_touch(
+        self, groups: Sequence[Group], calibration: Calibration, call: Call
+    ) -> tuple[Hidden, Hidden]:
+        windows = calibration.windows
+        seen = Seen()
+        firsts = {group[0]: self._twins[group[0]] for group in groups}
+        with ExitStack() as stack:
+            if self._settings.asymmetric:
+                stack.enter_context(before_linears(self._reference, firsts, seen.inputs.__setitem__))
+                seen.streams = stack.enter_context(reading(self._reference, self._places))
+            reference = run(self._reference, calibration.read_reference(0, windows), call)
         group_of = {name: group for group in groups for name in group}
 
         def touch(name: str, inputs: torch.Tensor) -> None:
-            if name not in self.packed:
-                hessian = self._hessian(name)
-                hessian.add(inputs)
-                self._quantize(group_of[name], hessian)
+            if name in self.packed:
+                return
+            group = group_of[name]
+            moments = self._moments(group)
+            twin = seen.inputs.pop(group[0], None)
+            stream = own.get(name)
+            moments.add(inputs, twin, stream, seen.streams.pop(name, None))
+            self._quantize(group, moments)
 
-        with before_linears(self._layer, self._modules, touch):
-            output = run(self._layer, hidden, call)
+        with reading(self._layer, self._places) as own:
+            with before_linears(self._layer, self._modules, touch):
+                output = run(self._layer, calibration.read(0, windows), call)
         for group in groups:
             if group[0] not in self.packed:
-                self._quantize(group, self._hessian(group[0]))
-        return output
+                self._quantize(group, self._moments(group))
+        return output, reference
 
-    def _observe(self, group: tuple[str, ...], calibration: Calibration, call: Call) -> Hessian:
-        """The second moment of a group's input over all micro-batches, each run only that far."""
-        hessian = self._hessian(group[0])
+    def _observe(self, group: Group, calibration: Calibration, call: Call) -> Moments:
+        """A group's moments over all micro-batches, each run only as far as the group."""
+        moments = self._moments(group)
+        for start, stop in calibration.batches():
+            own = self._peek(self._layer, group, calibration.read(start, stop), call)
+            twin = Seen()
+            if self._settings.asymmetric:
+                hidden = calibration.read_reference(start, stop)
+                twin = self._peek(self._reference, group, hidden, call)
+            if group[0] in own.inputs:
+                moments.add(
+                    own.inputs[group[0]],
+                    twin.inputs.get(group[0]),
+                    own.streams.get(group[0]),
+                    twin.streams.get(group[0]),
+                )
+        return moments
 
-        def add(_name: str, inputs: torch.Tensor) -> None:
-            hessian.add(inputs)
+    def _peek(self, layer: nn.Module, group: Group, hidden: Hidden, call: Call) -> Seen:
+        """What one micro-batch brings to a group's first linear."""
+        seen = Seen()
+
+        def stop(name: str, inputs: torch.Tensor) -> None:
+            seen.inputs[name] = inputs
             raise _FarEnough
 
-        with before_linears(self._layer, {group[0]: self._modules[group[0]]}, add):
-            for hidden in _windows(calibration):
-                try:
-                    run(self._layer, hidden, call)
-                except _FarEnough:
-                    continue
-        return hessian
+        place = {name: where for name, where in self._places.items() if name == group[0]}
+        first = {group[0]: layer.get_submodule(group[0])}
+        with reading(layer, place) as streams, before_linears(layer, first, stop):
+            try:
+                run(layer, hidden, call)
+            except _FarEnough:
+                seen.streams = streams
+        return seen
 
-    def _hessian(self, name: str) -> Hessian:
-        weight = self._weights[name].merged_OI
-        return Hessian(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    def _moments(self, group: Group) -> Moments:
+        weight = self._weights[group[0]].merged_OI
+        out, width = weight.shape
 
-    def _quantize(self, group: tuple[str, ...], hessian: Hessian) -> None:
-        """Solve siblings stacked along O on one factor, and put what they decode to in place."""
-        settings, H_II = self._settings, hessian.mean()
-        shared = factor(
-            H_II,
-            order=settings.order,
-            group_size=settings.spec.group_size,
-            damping=settings.damping,
+        def drift(rows: int) -> Drift:
+            return Drift(rows, width, dtype=weight.dtype, device=weight.device)
+
+        return Moments(
+            hessian=Hessian(width, dtype=weight.dtype, device=weight.device),
+            drift=drift(width) if self._settings.asymmetric else None,
+            residual=drift(out) if group[0] in self._places else None,
         )
-        stacked_OI = torch.cat([self._weights[name].merged_OI for name in group])
-        solution = solve(stacked_OI, shared, settings.spec)
-        rows = tuple(self._weights[name].merged_OI.shape[0] for name in group)
-        for name, own in zip(group, solution.split(rows), strict=True):
-            self._place(name, own, shared, H_II)
 
-    def _place(self, name: str, solution: Solution, shared: Factor, H_II: torch.Tensor) -> None:
-        weight, spec = self._weights[name], self._settings.spec
+    def _quantize(self, group: Group, moments: Moments) -> None:
+        """Solve siblings stacked along O, and put what they decode to in place."""
+        weights = [self._weights[name] for name in group]
+        settings, H_II = self._settings, moments.hessian.mean()
+        updates = solve_update(
+            torch.cat([weight.merged_OI for weight in weights]),
+            torch.cat([weight.origin_OI for weight in weights]),
+            H_II,
+            settings.spec,
+            rows=tuple(weight.merged_OI.shape[0] for weight in weights),
+            order=settings.order,
+            damping=settings.damping,
+            base=_base_grid([weight.base for weight in weights], settings),
+            grid=settings.grid,
+            unit_survival=settings.unit_survival,
+            drift_II=moments.drift.mean() if moments.drift else None,
+            residual_OI=moments.residual.mean() if moments.residual else None,
+        )
+        for name, update in zip(group, updates, strict=True):
+            self._place(name, update, H_II, moments.hessian.dropped)
+
+    def _place(self, name: str, update: Update, H_II: torch.Tensor, dropped: int) -> None:
+        weight, spec, solution = self._weights[name], self._settings.spec, update.solution
         self._modules[name].weight = nn.Parameter(solution.weight_OI, requires_grad=False)
         self.packed[name] = IntegerWeight(
             codes_OI=solution.codes_OI,
@@ -130,20 +244,48 @@ class Requantizer:
             group_size=spec.group_size,
             symmetric=spec.symmetric,
         )
+        lost = f"{dropped} calibration tokens were not finite" if dropped else None
         self.results[name] = LinearResult(
             name=name,
             bits=spec.bits,
             group_size=spec.group_size,
-            grid="fresh",
+            grid=_grid_name(update.anchored),
+            anchored=update.anchored,
+            kappa=update.kappa,
             loss=solution.loss,
             error=relative_error(weight.merged_OI, solution.weight_OI, H_II),
-            damping=shared.damping,
-            fallback=solution.fallback,
-            survival=_survival(weight, solution, H_II),
+            damping=solution.damping,
+            fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
+            survival=_survival(weight, update, H_II),
         )
 
 
-def _survival(weight: Weight, solution: Solution, H_II: torch.Tensor) -> Survival:
+def _base_grid(bases: Sequence[IntegerWeight | None], settings: Settings) -> Grid | None:
+    """The base's steps and zero points of siblings stacked along O, if the release has the like."""
+    grids = [base for base in bases if base is not None]
+    spec = settings.spec
+    if len(grids) < len(bases) or any(
+        (base.bits, base.group_size) != (spec.bits, spec.group_size) for base in grids
+    ):
+        return None
+    index = grids[0].g_idx_I
+    for base in grids[1:]:
+        same = (base.g_idx_I is None) == (index is None)
+        if not same or (index is not None and not torch.equal(index, base.g_idx_I)):  # type: ignore[arg-type]
+            return None
+    return Grid(
+        scales_OG=torch.cat([base.scales_OG for base in grids]),
+        zeros_OG=torch.cat([base.zeros_OG for base in grids]),
+        g_idx_I=index,
+    )
+
+
+def _grid_name(anchored: float) -> str:
+    return {0.0: "fresh", 1.0: "anchored"}.get(anchored, f"{100 * anchored:.0f}% anchored")
+
+
+def _survival(weight: Weight, update: Update, H_II: torch.Tensor) -> Survival:
+    solution = update.solution
     return linear_survival(
         weight.origin_OI,
         weight.merged_OI,
@@ -153,11 +295,6 @@ def _survival(weight: Weight, solution: Solution, H_II: torch.Tensor) -> Surviva
         codes_OI=solution.codes_OI,
         base_codes_OI=weight.base.codes_OI if weight.base is not None else None,
     )
-
-
-def _windows(calibration: Calibration) -> Iterator[Hidden]:
-    for start in range(0, calibration.windows, calibration.at_once):
-        yield calibration.read(start, min(start + calibration.at_once, calibration.windows))
 
 
 class _FarEnough(Exception):

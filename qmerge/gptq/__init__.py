@@ -1,0 +1,26 @@
+"""GPTQ as pure functions on tensors."""
+
+from __future__ import annotations
+
+from qmerge.gptq.factor import Factor, Order, factor
+from qmerge.gptq.grid import Grid, GridSpec
+from qmerge.gptq.hessian import Hessian
+from qmerge.gptq.solver import Solution, solve
+from qmerge.gptq.target import Drift, aim
+from qmerge.gptq.update import GridChoice, Update, solve_update
+
+__all__ = [
+    "Drift",
+    "Factor",
+    "Grid",
+    "GridChoice",
+    "GridSpec",
+    "Hessian",
+    "Order",
+    "Solution",
+    "Update",
+    "aim",
+    "factor",
+    "solve",
+    "solve_update",
+]

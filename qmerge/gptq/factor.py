@@ -1,0 +1,176 @@
+"""The order in which columns are rounded, and the factor that feeds their errors forward.
+
+GPTQ's feedback is a triangular factorization: with H = L Lᵀ, L = L̂ diag(√d) and columns rounded
+from the last to the first, the best target of column j given the errors E of the columns already
+rounded is w_j + Σ_{k>j} E_k L̂_kj, and the whole loss is Σ_j d_j (target_j − q_j)². This is the
+recursion of GPTQ (Frantar et al. 2022) without the inverse of H, in the form of LDLQ (Chee et al.
+2023).
+
+So columns are laid out in the reverse of the order in which they are rounded: the last row of the
+layout is the first column to be rounded.
+
+Shapes: I in features, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qmerge.gptq.grid import all_finite, group_width
+
+Order = Literal["none", "group", "full"]
+
+# Of the mean diagonal. Each failure multiplies it by ten, up to the mean itself.
+DAMPING = 0.01
+RAISE = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """A damped second moment, ordered and factored once for all linears that share the input.
+
+    `layout_I` lists the columns, last rounded first; `lower_II` is L̂ (unit lower triangular, its
+    diagonal not stored) and `weight_I` is d, both in that layout and in units of H. `damping_I`
+    is what was added to the diagonal, `damping` the fraction of the mean diagonal that it took.
+    `fallback` says what had to give way: None where damping sufficed.
+    """
+
+    order: Order
+    group_size: int
+    layout_I: Tensor
+    lower_II: Tensor
+    weight_I: Tensor
+    damping_I: Tensor
+    damping: float
+    fallback: str | None
+
+    @property
+    def width(self) -> int:
+        """In features."""
+        return self.layout_I.shape[0]
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether there is no feedback, and every column is rounded on its own."""
+        return self.lower_II.stride() == (0, 0)
+
+    def own_order(self, values_I: Tensor) -> Tensor:
+        """Values given in the layout's order along dim 0, in the columns' own order."""
+        return values_I.index_select(0, self.layout_I.argsort())
+
+    def divide(self, M_OI: Tensor) -> Tensor:
+        """M H⁻¹ for the damped H, both in the columns' own order."""
+        M_IO = M_OI.T.to(self.lower_II.dtype).contiguous().index_select(0, self.layout_I)
+        M_IO = torch.linalg.solve_triangular(self.lower_II, M_IO, upper=False, unitriangular=True)
+        M_IO.div_(self.weight_I[:, None])
+        M_IO = torch.linalg.solve_triangular(self.lower_II.T, M_IO, upper=True, unitriangular=True)
+        return self.own_order(M_IO).T
+
+
+def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float = DAMPING) -> Factor:
+    """Damp, order and factor `H_II`, the mean of XᵀX; its dtype is that of the solve.
+
+    Where the damped matrix is not positive definite, damping rises tenfold up to the mean diagonal;
+    after that each diagonal entry is raised to its row's absolute sum, which makes any finite
+    matrix positive definite; a matrix that is not finite or is zero leaves nearest rounding.
+    """
+    width = H_II.shape[0]
+    group = group_width(group_size, width)
+    mean = float(H_II.diagonal().double().mean())
+    broken = _broken(H_II, mean)
+    if broken is not None:
+        layout_I = torch.arange(width - 1, -1, -1, device=H_II.device)
+        return _nearest(H_II, layout_I, order, group, f"nearest rounding: {broken}")
+    layout_I = layout(H_II.diagonal(), order=order, group=group)
+    scaled_II = H_II.index_select(0, layout_I).index_select(1, layout_I).div_(mean)
+    for fraction, floor_I, fallback in _attempts(scaled_II, damping):
+        damped_II = scaled_II.clone()
+        damped_II.diagonal().add_(floor_I)
+        lower_II, info = torch.linalg.cholesky_ex(damped_II)
+        del damped_II
+        root_I = lower_II.diagonal().clone()
+        if int(info) == 0 and _sound(root_I):
+            return Factor(
+                order=order,
+                group_size=group,
+                layout_I=layout_I,
+                lower_II=lower_II.div_(root_I),
+                weight_I=root_I.square_().mul_(mean),
+                damping_I=floor_I * mean,
+                damping=fraction,
+                fallback=fallback,
+            )
+    reason = "nearest rounding: the Hessian could not be factored"
+    return _nearest(H_II, layout_I, order, group, reason)
+
+
+def layout(diagonal_I: Tensor, *, order: Order, group: int) -> Tensor:
+    """Columns, last rounded first, so that those with the largest diagonal are rounded first.
+
+    "group" sorts columns inside their groups and the groups by their sums, and so leaves each
+    column in its own group; "full" sorts all columns, and groups follow the sorted order.
+    """
+    width = diagonal_I.shape[0]
+    if order == "none":
+        return torch.arange(width - 1, -1, -1, device=diagonal_I.device)
+    if order == "full":
+        return diagonal_I.argsort(descending=True, stable=True).flip(0)
+    diagonal_GC = diagonal_I.reshape(-1, group)
+    inner_GC = diagonal_GC.argsort(dim=1, descending=True, stable=True)
+    outer_G = diagonal_GC.sum(1).argsort(descending=True, stable=True)
+    return (
+        (inner_GC + torch.arange(0, width, group, device=diagonal_I.device)[:, None])[outer_G]
+        .flatten()
+        .flip(0)
+    )
+
+
+def _broken(H_II: Tensor, mean: float) -> str | None:
+    if not all_finite(H_II):
+        return "the Hessian is not finite"
+    if mean <= 0.0:
+        return "the input was never active in calibration"
+    return None
+
+
+def _sound(root_I: Tensor) -> bool:
+    """Whether pivots stand above rounding noise; feedback through noise would be noise."""
+    noise = torch.finfo(root_I.dtype).eps * math.sqrt(root_I.shape[0])
+    return bool((root_I.square() > noise).all())
+
+
+def _attempts(scaled_II: Tensor, damping: float) -> Iterator[tuple[float, Tensor, str | None]]:
+    """(fraction, what to add to the diagonal, fallback) in order of preference."""
+    ones_I = torch.ones_like(scaled_II.diagonal())
+    fraction = damping
+    while fraction <= 1.0:
+        yield fraction, ones_I * fraction, None
+        fraction = fraction * RAISE if fraction > 0.0 else DAMPING / RAISE
+    diagonal_I = scaled_II.diagonal()
+    rest_I = scaled_II.abs().sum(1) - diagonal_I.abs()
+    floor_I = (rest_I - diagonal_I).clamp_(min=0).add_(damping + ones_I * 1e-3)
+    yield damping, floor_I, "diagonal floor: the damped Hessian was not positive definite"
+
+
+def _nearest(H_II: Tensor, layout_I: Tensor, order: Order, group: int, reason: str) -> Factor:
+    """A factor without feedback: every column of equal weight and rounded on its own.
+
+    Damping is all there is of it, so that what is reported as loss is 0: nothing is known of it.
+    """
+    width = H_II.shape[0]
+    return Factor(
+        order=order,
+        group_size=group,
+        layout_I=layout_I,
+        lower_II=H_II.new_zeros(()).expand(width, width),
+        weight_I=H_II.new_ones(width),
+        damping_I=H_II.new_ones(width),
+        damping=0.0,
+        fallback=reason,
+    )

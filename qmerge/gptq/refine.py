@@ -1,0 +1,115 @@
+"""Refitting steps by least squares once codes are chosen, with the update's survival held.
+
+For fixed codes the release's weight is linear in its steps, so each row's best steps solve a system
+as wide as its groups. One linear condition over all rows, such as an update surviving whole, costs
+one more right-hand side.
+
+Shapes: O out features, I in features, G groups, C columns of a group, R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmerge.gptq.grid import Grid, storable
+
+# Weights of the rows whose normal equations are formed at once, few enough to stay in a cache.
+CHUNK = 1 << 18
+# Of a row's mean squared group norm; it decides only where a group's codes are all zero.
+RIDGE = 1e-10
+# Refitted steps stay within these multiples of the steps that the codes were chosen on.
+SHRINK, GROW = 0.5, 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """The condition that ⟨weight − origin, D⟩_H is ⟨D, D⟩_H, summed over the rows of each linear.
+
+    `update_OI` is D H, `wanted_P` is ⟨origin + D, D⟩_H of each of the P linears that are stacked
+    along O, and `part_O` says which of them a row belongs to.
+    """
+
+    update_OI: Tensor
+    wanted_P: Tensor
+    part_O: Tensor
+
+
+def refit(
+    target_OI: Tensor, codes_OI: Tensor, grid: Grid, H_II: Tensor, whole: Whole | None = None
+) -> Grid:
+    """The grid with the steps that bring the codes' weight nearest to `target_OI` under `H_II`.
+
+    With `whole`, nearest among those that meet its condition. Steps come back in the dtype of the
+    grid's; a row whose refitted steps cannot be trusted keeps the steps it had. Groups are of equal
+    width.
+    """
+    old_OG = grid.scales_OG.double()
+    group_I = grid.groups_of_columns(codes_OI.shape[1])
+    moved_OI = whole.update_OI if whole else torch.zeros_like(target_OI)
+    centred_OI = codes_OI - grid.zeros_OG.to(H_II.dtype).index_select(1, group_I)
+    if grid.g_idx_I is not None:
+        order_I = group_I.argsort(stable=True)
+        H_II = H_II.index_select(0, order_I).index_select(1, order_I)
+        target_OI, moved_OI, centred_OI = (
+            tensor.index_select(1, order_I) for tensor in (target_OI, moved_OI, centred_OI)
+        )
+    rows = max(1, CHUNK // len(group_I))
+    parts = [
+        _normal_equations(
+            target_OI[start : start + rows].to(H_II.dtype),
+            centred_OI[start : start + rows],
+            old_OG[start : start + rows],
+            H_II,
+            moved_OI[start : start + rows].to(H_II.dtype),
+        )
+        for start in range(0, len(old_OG), rows)
+    ]
+    best_OG, push_OG, slope_OG = (torch.cat(part) for part in zip(*parts, strict=True))
+    if whole is not None:
+        best_OG = best_OG + _lift(best_OG, push_OG, slope_OG, whole)
+    inside_OG = (best_OG > SHRINK * old_OG) & (best_OG < GROW * old_OG)
+    kept_OG = torch.where(inside_OG.all(1, keepdim=True), best_OG, old_OG)
+    dtype = grid.scales_OG.dtype
+    return Grid(
+        scales_OG=storable(kept_OG, dtype).to(dtype), zeros_OG=grid.zeros_OG, g_idx_I=grid.g_idx_I
+    )
+
+
+def _normal_equations(
+    target_RI: Tensor, centred_RI: Tensor, old_RG: Tensor, H_II: Tensor, moved_RI: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best steps; how they move per unit of the condition; the condition's value per step.
+
+    Columns come sorted by group, and groups are equally wide.
+    """
+    rows, groups = old_RG.shape
+    centred_RGC = centred_RI.reshape(rows, groups, -1)
+    H_GCI = H_II.reshape(groups, -1, H_II.shape[1])
+    normal_RGG, pull_RG = old_RG.new_empty(rows, groups, groups), torch.empty_like(old_RG)
+    for group in range(groups):
+        moment_RI = centred_RGC[:, group] @ H_GCI[group]
+        normal_RGG[:, group] = (moment_RI.reshape(centred_RGC.shape) * centred_RGC).sum(2)
+        pull_RG[:, group] = moment_RI.mul_(target_RI).sum(1)
+    slope_RG = (moved_RI.reshape(centred_RGC.shape) * centred_RGC).sum(2).double()
+    diagonal_RG = normal_RGG.diagonal(dim1=1, dim2=2)
+    ridge_R1 = diagonal_RG.mean(1, keepdim=True) * RIDGE + torch.finfo(torch.float32).tiny
+    diagonal_RG += ridge_R1
+    sides_RG2 = torch.stack([pull_RG + ridge_R1 * old_RG, slope_RG], 2)
+    best_RG, push_RG = torch.linalg.solve(normal_RGG, sides_RG2).unbind(2)
+    return best_RG, push_RG, slope_RG
+
+
+def _lift(best_OG: Tensor, push_OG: Tensor, slope_OG: Tensor, whole: Whole) -> Tensor:
+    """The least change of the steps that meets the condition of each linear."""
+
+    def per_part(values_OG: Tensor) -> Tensor:
+        sums_P = torch.zeros_like(whole.wanted_P, dtype=torch.float64)
+        return sums_P.index_add_(0, whole.part_O, values_OG.sum(1))
+
+    missing_P = whole.wanted_P.double() - per_part(slope_OG * best_OG)
+    gain_P = per_part(slope_OG * push_OG)
+    amount_P = torch.where(gain_P > 0, missing_P / gain_P, 0.0)
+    return amount_P[whole.part_O][:, None] * push_OG

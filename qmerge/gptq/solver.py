@@ -1,0 +1,187 @@
+"""GPTQ: rounding a weight column by column, each error fed to the columns still to come.
+
+Shapes: O out features (siblings that share an input may be stacked along O), I in features,
+G groups, C columns of a group or leaf. W_IO is a weight laid out as its factor says, one contiguous
+row per column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from qmerge.errors import InputError
+from qmerge.gptq.factor import Factor
+from qmerge.gptq.grid import Grid, GridSpec, all_finite, fit, group_width
+
+# Columns rounded one after another before their errors are fed on by a matrix product.
+LEAF = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """Codes on a grid. `g_idx_I` None is the trivial one; `weight_OI` is what they decode to.
+
+    `loss_O` is diag(E H Eᵀ) for E = W − weight, the mean squared output error of each row; 0 where
+    the fallback is nearest rounding for want of a Hessian.
+    """
+
+    codes_OI: Tensor
+    scales_OG: Tensor
+    zeros_OG: Tensor
+    g_idx_I: Tensor | None
+    weight_OI: Tensor
+    loss_O: Tensor
+    damping: float
+    fallback: str | None
+
+    @property
+    def loss(self) -> float:
+        """trace(E H Eᵀ)."""
+        return float(self.loss_O.sum())
+
+    def split(self, rows: tuple[int, ...]) -> tuple[Solution, ...]:
+        """The solutions of siblings that were stacked along O, `rows` out features each."""
+        bounds = [sum(rows[:part]) for part in range(len(rows) + 1)]
+        return tuple(self._rows(slice(*ends)) for ends in pairwise(bounds))
+
+    def _rows(self, rows: slice) -> Solution:
+        return replace(
+            self,
+            codes_OI=self.codes_OI[rows],
+            scales_OG=self.scales_OG[rows],
+            zeros_OG=self.zeros_OG[rows],
+            weight_OI=self.weight_OI[rows],
+            loss_O=self.loss_O[rows],
+        )
+
+
+def solve(W_OI: Tensor, factor: Factor, spec: GridSpec, *, grid: Grid | None = None) -> Solution:
+    """Round `W_OI` with error feedback, onto `grid` where given, else onto grids fitted on the way.
+
+    A group's step and zero point are fitted when its first column is reached, on columns that carry
+    the errors of every earlier group. On a given grid columns keep the grid's groups whatever the
+    factor's order. Raises InputError for a weight that is not finite.
+    """
+    if not all_finite(W_OI):
+        raise InputError("the weight holds values that are not finite")
+    walk = _Walk(W_OI, factor, spec, grid)
+    walk.round(0, factor.width)
+    return walk.solution()
+
+
+class _Walk:
+    """One pass over the columns, from the last row of the layout to the first."""
+
+    def __init__(self, W_OI: Tensor, factor: Factor, spec: GridSpec, grid: Grid | None) -> None:
+        self.factor, self.spec, self.grid = factor, spec, grid
+        # Targets, to become fed error; weights, to become error; codes.
+        W_IO = W_OI.T.to(factor.lower_II.dtype).contiguous()
+        self.target_IO = W_IO.index_select(0, factor.layout_I)
+        self.error_IO = self.target_IO.clone()
+        self.codes_IO = torch.empty_like(self.target_IO, dtype=torch.uint8)
+        if grid is None:
+            # A layout's groups are equal runs whatever its order.
+            self.group = group_width(spec.group_size, factor.width)
+            assert factor.order == "none" or self.group == factor.group_size
+            shape = (factor.width // self.group, W_OI.shape[0])
+            self.scales_GO = self.target_IO.new_empty(shape)
+            self.zeros_GO = self.target_IO.new_empty(shape)
+            rows_I = torch.arange(factor.width, device=W_OI.device)
+            self.group_of_I = rows_I // self.group
+        else:
+            self.group = 0
+            self.scales_GO = grid.scales_OG.T.to(self.target_IO.dtype).contiguous()
+            self.zeros_GO = grid.zeros_OG.T.to(self.target_IO.dtype).contiguous()
+            self.group_of_I = grid.groups_of_columns(factor.width)[factor.layout_I]
+
+    def round(self, start: int, stop: int) -> None:
+        """Round rows start..stop, the later half first; nearly all the work is the product."""
+        if stop - start == self.group:
+            self._fit(start, stop)
+        if stop - start <= LEAF and stop - start <= (self.group or LEAF):
+            self._leaf(start, stop)
+            return
+        middle = self._middle(start, stop)
+        self.round(middle, stop)
+        self.target_IO[start:middle].addmm_(
+            self.factor.lower_II[middle:stop, start:middle].T, self.error_IO[middle:stop]
+        )
+        self.round(start, middle)
+
+    def _middle(self, start: int, stop: int) -> int:
+        """Where to halve: between groups while there are several, then anywhere."""
+        span = stop - start
+        if 0 < self.group < span:
+            return start + span // self.group // 2 * self.group
+        return start + span // 2
+
+    def _fit(self, start: int, stop: int) -> None:
+        """Fit one group on its columns as they would be if none of them had to be rounded."""
+        group, weight_CO = start // self.group, self.error_IO[start:stop]
+        shift_CO = torch.linalg.solve_triangular(
+            self.factor.lower_II[start:stop, start:stop].T,
+            weight_CO - self.target_IO[start:stop],
+            upper=True,
+            unitriangular=True,
+        )
+        self.scales_GO[group], self.zeros_GO[group] = fit(
+            weight_CO - shift_CO, self.factor.weight_I[start:stop], self.spec
+        )
+
+    def _leaf(self, start: int, stop: int) -> None:
+        """Round a few columns one by one: four calls each, on vectors over all rows."""
+        rows = slice(start, stop)
+        scale_CO = self.scales_GO.index_select(0, self.group_of_I[rows])
+        # Both are moved by the zero point, so that a code is a plain quotient.
+        offset_CO = self.zeros_GO.index_select(0, self.group_of_I[rows]).mul_(scale_CO)
+        target_CO = self.target_IO[rows].add_(offset_CO)
+        error_CO = self.error_IO[rows].add_(offset_CO)
+        code_CO = torch.empty_like(target_CO)
+        feed_CC = self.factor.lower_II[rows, rows].T.contiguous()
+        columns = list(zip(target_CO, error_CO, code_CO, scale_CO, feed_CC, strict=True))
+        for column in range(stop - start - 1, -1, -1):
+            target_O, error_O, code_O, scale_O, feed_C = columns[column]
+            target_O.addmv_(error_CO[column + 1 :].T, feed_C[column + 1 :])
+            torch.div(target_O, scale_O, out=code_O).round_().clamp_(0, self.spec.top)
+            error_O.addcmul_(code_O, scale_O, value=-1)
+        target_CO.addcmul_(code_CO, scale_CO, value=-1)
+        self.codes_IO[rows] = code_CO
+
+    def solution(self) -> Solution:
+        """The finished pass in the columns' own order."""
+        codes_OI = self.factor.own_order(self.codes_IO).T.contiguous()
+        grid = self._fitted() if self.grid is None else self.grid
+        loss_O = self.factor.weight_I @ self.target_IO.square_()
+        loss_O -= self.factor.damping_I @ self.error_IO.square_()
+        return Solution(
+            codes_OI=codes_OI,
+            scales_OG=grid.scales_OG,
+            zeros_OG=grid.zeros_OG,
+            g_idx_I=grid.g_idx_I,
+            weight_OI=grid.decode(codes_OI),
+            loss_O=loss_O.clamp_(min=0),
+            damping=self.factor.damping,
+            fallback=self.factor.fallback,
+        )
+
+    def _fitted(self) -> Grid:
+        """The fitted groups, numbered by their columns, or as rounded where columns are mixed."""
+        layout_I, g_idx_I = self.factor.layout_I, None
+        groups = self.scales_GO.shape[0]
+        if self.factor.order == "full" and groups > 1:
+            number_G = torch.arange(groups - 1, -1, -1, device=layout_I.device)
+            g_idx_I = torch.empty_like(layout_I, dtype=torch.int32)
+            g_idx_I[layout_I] = number_G.repeat_interleave(self.group).to(torch.int32)
+        else:
+            number_G = layout_I[:: self.group] // self.group
+        scales_GO, zeros_GO = torch.empty_like(self.scales_GO), torch.empty_like(self.zeros_GO)
+        scales_GO[number_G], zeros_GO[number_G] = self.scales_GO, self.zeros_GO
+        return Grid(
+            scales_OG=scales_GO.T.to(self.spec.scale_dtype).contiguous(),
+            zeros_OG=zeros_GO.T.to(torch.int32).contiguous(),
+            g_idx_I=g_idx_I,
+        )

@@ -1,0 +1,270 @@
+"""Requantizing a merged linear: nearest to what was trained, with the update kept whole.
+
+What is done that plain GPTQ does not do, each measured to pay on more than one base and size of
+update:
+
+- Columns are first rounded on two grids, one fitted to the target and the base's own, on which the
+  base has no error, and each row goes on with the one of less loss.
+- Rounding shrinks a small update, and the shrinkage adds up over layers where noise does not. The
+  target is pushed out by a factor κ that undoes what the first pass lost (*unit survival*).
+- Steps are refitted once codes are chosen and the columns rounded again on them; the last refit
+  sets the update's survival to one.
+
+Every grid is given before its pass, so columns are rounded in the order that is best for the loss,
+whatever groups the release can express.
+
+Shapes: O out features of all siblings stacked, I in features, G groups, P siblings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qmerge.gptq.factor import DAMPING, Order, factor
+from qmerge.gptq.grid import Grid, GridSpec, fit_groups, group_width
+from qmerge.gptq.refine import Whole, refit
+from qmerge.gptq.solver import Solution, solve
+from qmerge.gptq.target import aim
+
+GridChoice = Literal["fresh", "anchored", "auto"]
+
+# The target is pushed out at most so far: what rounding all but erased is lost in its noise.
+FURTHEST = 3.0
+# Passes over the columns on the base's grid as it is, where only κ can bring survival to one.
+PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """How one linear was requantized; `solution.loss_O` is that of weight − merged.
+
+    `anchored` is the share of rows that started from the base's grid, and `fresh_loss` and
+    `anchored_loss` what the first pass would have lost with all rows on one grid, None where that
+    was not tried. `kappa` says how far the target was pushed out. `survival` is ⟨E, D⟩_H / ⟨D, D⟩_H
+    for E = weight − origin and D = merged − origin, `noise` is ‖E − D‖²_H / ‖D‖²_H; None where the
+    adapter changed nothing that H can see.
+    """
+
+    solution: Solution
+    anchored: float
+    fresh_loss: float | None
+    anchored_loss: float | None
+    kappa: float
+    survival: float | None
+    noise: float | None
+
+
+def solve_update(
+    merged_OI: Tensor,
+    origin_OI: Tensor,
+    H_II: Tensor,
+    spec: GridSpec,
+    *,
+    rows: tuple[int, ...],
+    order: Order = "group",
+    damping: float = DAMPING,
+    base: Grid | None = None,
+    grid: GridChoice = "auto",
+    unit_survival: bool = True,
+    drift_II: Tensor | None = None,
+    residual_OI: Tensor | None = None,
+) -> tuple[Update, ...]:
+    """Requantize siblings stacked along O, `rows` out features each; one Update for each.
+
+    `origin_OI` is what the adapter was merged onto and `base` the grid that it lies on, if any; a
+    grid that the release cannot express is passed over. A sibling that the adapter left alone keeps
+    the base's codes where its grid may be used. Without `drift_II` and `residual_OI` (see `target`)
+    the target is the merged weight itself. Raises InputError for a weight that is not finite.
+    """
+    usable = base if grid != "fresh" and base and expressible(base, spec, order) else None
+    stack = _Stack(merged_OI, origin_OI, H_II, spec, rows, order, damping, usable)
+    target_OI = stack.target(drift_II, residual_OI)
+    if usable is not None and grid == "anchored":
+        return stack.on_base(target_OI, usable, unit_survival)
+    return stack.on_either(target_OI, unit_survival)
+
+
+def expressible(base: Grid, spec: GridSpec, order: Order) -> bool:
+    """Whether a release of `spec` can carry the base's steps, zero points and groups."""
+    groups_fit = base.g_idx_I is None or (
+        order == "full" and len(set(base.g_idx_I.bincount().tolist())) == 1
+    )
+    zeros_fit = not spec.symmetric or bool((base.zeros_OG == spec.middle).all())
+    return groups_fit and zeros_fit and base.scales_OG.dtype == spec.scale_dtype
+
+
+class _Stack:
+    """Siblings, what the adapter did to them, and the passes over their columns."""
+
+    def __init__(
+        self,
+        merged_OI: Tensor,
+        origin_OI: Tensor,
+        H_II: Tensor,
+        spec: GridSpec,
+        rows: tuple[int, ...],
+        order: Order,
+        damping: float,
+        base: Grid | None,
+    ) -> None:
+        self.factor = factor(H_II, order="none" if order == "none" else "full", damping=damping)
+        self.spec, self.base, self.rows = spec, base, rows
+        dtype = self.factor.lower_II.dtype
+        self.merged_OI, self.origin_OI = merged_OI.to(dtype), origin_OI.to(dtype)
+        self.update_OI = self.merged_OI - self.origin_OI
+        self.H_II = torch.zeros_like(H_II) if self.factor.is_nearest else H_II
+        self.moved_OI = self.update_OI @ self.H_II
+        self.part_O = torch.arange(len(rows), device=H_II.device).repeat_interleave(
+            torch.tensor(rows, device=H_II.device)
+        )
+        self.energy_P = self.along_update(self.update_OI)
+        alone_P = self.per_part(self.update_OI.abs().sum(1)) == 0
+        self.kept_O = alone_P[self.part_O] & (base is not None)
+        self.groups = H_II.shape[0] // group_width(spec.group_size, H_II.shape[0])
+        self.g_idx_I = base.g_idx_I if base else self._sorted_groups() if order == "full" else None
+
+    def _sorted_groups(self) -> Tensor | None:
+        """Groups of columns that are rounded one after another, the first rounded in group 0."""
+        width = self.factor.width
+        if self.groups == 1:
+            return None
+        rounded_I = torch.arange(width - 1, -1, -1, device=self.H_II.device)
+        return self.factor.own_order(rounded_I // (width // self.groups)).to(torch.int32)
+
+    def per_part(self, values_O: Tensor) -> Tensor:
+        """Sums over each sibling's rows, float64 [P]."""
+        sums_P = torch.zeros(len(self.rows), dtype=torch.float64, device=values_O.device)
+        return sums_P.index_add_(0, self.part_O, values_O.double())
+
+    def along_update(self, E_OI: Tensor) -> Tensor:
+        """⟨E, D⟩_H of each sibling, float64 [P]."""
+        return self.per_part((E_OI * self.moved_OI).sum(1))
+
+    def target(self, drift_II: Tensor | None, residual_OI: Tensor | None) -> Tensor:
+        """What to aim at; rows that keep the base's codes aim at the base."""
+        target_OI = aim(self.merged_OI, self.factor, drift_II, residual_OI)
+        return torch.where(self.kept_O[:, None], self.origin_OI, target_OI)
+
+    def on_base(self, target_OI: Tensor, base: Grid, unit_survival: bool) -> tuple[Update, ...]:
+        """Codes on the base's grid as it is, by a few passes."""
+        kappa_P = torch.ones_like(self.energy_P)
+        found = solve(target_OI, self.factor, self.spec, grid=base)
+        loss_P = self.per_part(found.loss_O)
+        for _ in range(PASSES - 1 if unit_survival else 0):
+            kappa_P = self.push(target_OI, found, kappa_P)
+            found = solve(self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=base)
+        return self.updates(found, torch.ones_like(self.kept_O), None, loss_P, kappa_P)
+
+    def on_either(self, target_OI: Tensor, unit_survival: bool) -> tuple[Update, ...]:
+        """Each row's codes on the better of two grids, with steps refitted to them."""
+        found, based_O, fresh_P, based_P = self.first_pass(target_OI)
+        kappa_P = torch.ones_like(self.energy_P)
+        if not self.factor.is_nearest:
+            if unit_survival:
+                kappa_P = self.push(target_OI, found, kappa_P)
+            found = self.refitted(target_OI, found, whole=False)
+            again = solve(
+                self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=grid_of(found)
+            )
+            found = self.refitted(target_OI, again, whole=unit_survival)
+        return self.updates(found, based_O, fresh_P, based_P, kappa_P)
+
+    def first_pass(self, target_OI: Tensor) -> tuple[Solution, Tensor, Tensor, Tensor | None]:
+        """Rows on the better grid, which are on the base's, and the loss of either per sibling."""
+        weight_I = self.factor.own_order(self.factor.weight_I)
+        fresh = fit_groups(target_OI, weight_I, self.spec, self.g_idx_I, self.groups)
+        if self.base is None:
+            found = solve(target_OI, self.factor, self.spec, grid=fresh)
+            return found, self.kept_O, self.per_part(found.loss_O), None
+        both = Grid(
+            scales_OG=torch.cat([fresh.scales_OG, self.base.scales_OG]),
+            zeros_OG=torch.cat([fresh.zeros_OG, self.base.zeros_OG]),
+            g_idx_I=self.g_idx_I,
+        )
+        out = target_OI.shape[0]
+        twice = solve(torch.cat([target_OI, target_OI]), self.factor, self.spec, grid=both)
+        on_fresh, on_base = twice.split((out, out))
+        based_O = self.kept_O | (on_base.loss_O < on_fresh.loss_O)
+        losses = self.per_part(on_fresh.loss_O), self.per_part(on_base.loss_O)
+        return chosen(based_O, on_base, on_fresh), based_O, *losses
+
+    def push(self, target_OI: Tensor, found: Solution, kappa_P: Tensor) -> Tensor:
+        """The κ at which the update would survive whole, if it shrank as it did in `found`.
+
+        What was aimed at held c + κ of the update, c from what the target makes up for beside it,
+        and e is left; the missing 1 − e has to be sent through the same shrinkage e / (c + κ).
+        """
+        energy_P = torch.where(self.energy_P > 0, self.energy_P, 1.0)
+        aimed_P = self.along_update(target_OI - self.merged_OI) / energy_P + kappa_P
+        kept_P = self.along_update(found.weight_OI - self.origin_OI) / energy_P
+        shrinkage_P = (kept_P / aimed_P).nan_to_num_(nan=1.0).clamp_(1 / FURTHEST, 1.0)
+        pushed_P = kappa_P + (1 - kept_P) / shrinkage_P
+        return torch.where(self.energy_P > 0, pushed_P.clamp_(1 / FURTHEST, FURTHEST), 1.0)
+
+    def pushed(self, target_OI: Tensor, kappa_P: Tensor) -> Tensor:
+        extra_O = (kappa_P - 1)[self.part_O].to(target_OI.dtype)
+        return torch.addcmul(target_OI, extra_O[:, None], self.update_OI)
+
+    def refitted(self, target_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
+        damped_II = self.H_II + self.factor.own_order(self.factor.damping_I).diag()
+        condition = None
+        if whole:
+            wanted_P = self.energy_P + self.along_update(self.origin_OI)
+            condition = Whole(update_OI=self.moved_OI, wanted_P=wanted_P, part_O=self.part_O)
+        grid = refit(target_OI, found.codes_OI, grid_of(found), damped_II, condition)
+        scales_OG = torch.where(self.kept_O[:, None], found.scales_OG, grid.scales_OG)
+        grid = replace(grid, scales_OG=scales_OG)
+        return replace(found, scales_OG=scales_OG, weight_OI=grid.decode(found.codes_OI))
+
+    def updates(
+        self,
+        found: Solution,
+        based_O: Tensor,
+        fresh_P: Tensor | None,
+        based_P: Tensor | None,
+        kappa_P: Tensor,
+    ) -> tuple[Update, ...]:
+        """Split siblings apart, measured against the merged weight."""
+        error_OI = found.weight_OI - self.merged_OI
+        loss_O = ((error_OI @ self.H_II) * error_OI).sum(1)
+        found = replace(found, loss_O=loss_O)
+        kept_P = self.along_update(found.weight_OI - self.origin_OI)
+        noise_P = self.per_part(loss_O)
+        anchored_P = self.per_part(based_O)
+        result = []
+        for part, solution in enumerate(found.split(self.rows)):
+            energy = float(self.energy_P[part])
+            result.append(
+                Update(
+                    solution=solution,
+                    anchored=float(anchored_P[part]) / self.rows[part],
+                    fresh_loss=None if fresh_P is None else float(fresh_P[part]),
+                    anchored_loss=None if based_P is None else float(based_P[part]),
+                    kappa=float(kappa_P[part]),
+                    survival=float(kept_P[part]) / energy if energy > 0 else None,
+                    noise=float(noise_P[part]) / energy if energy > 0 else None,
+                )
+            )
+        return tuple(result)
+
+
+def grid_of(solution: Solution) -> Grid:
+    """The grid that a solution's codes are on."""
+    return Grid(scales_OG=solution.scales_OG, zeros_OG=solution.zeros_OG, g_idx_I=solution.g_idx_I)
+
+
+def chosen(mask_O: Tensor, yes: Solution, no: Solution) -> Solution:
+    """Rows of one solution where the mask holds, of the other elsewhere."""
+    mask_O1 = mask_O[:, None]
+    return replace(
+        no,
+        codes_OI=torch.where(mask_O1, yes.codes_OI, no.codes_OI),
+        scales_OG=torch.where(mask_O1, yes.scales_OG, no.scales_OG),
+        zeros_OG=torch.where(mask_O1, yes.zeros_OG, no.zeros_OG),
+        weight_OI=torch.where(mask_O1, yes.weight_OI, no.weight_OI),
+        loss_O=torch.where(mask_O, yes.loss_O, no.loss_O),
+    )
