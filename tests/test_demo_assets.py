@@ -187,7 +187,7 @@ def test_the_recipe_names_what_is_there(tmp_path: Path) -> None:
     demo.write_texts(tmp_path / "texts")
     recipe = demo.recipe(texts=tmp_path / "texts", out=tmp_path / "release")
     assert recipe.faults() == ()
-    named = (recipe.calibration, *recipe.eval, recipe.base, recipe.adapter, recipe.original)
+    named = (recipe.calibration, *recipe.eval, recipe.base, *recipe.adapter, recipe.original)
     assert [path for path in named if path is None or not Path(path).exists()] == []
     assert [text.role for text in recipe.eval_texts()] == ["in_domain", "general"]
 
