@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,3 +195,21 @@ def test_plan_tells_every_unit_and_its_bytes(asked: Recipe) -> None:
         "embedding", "layer 0", "layer 1", "layer 2", "head"
     ]  # fmt: skip
     assert all(u.quantized == u.adapted == 7 for u in plan.summary.units[1:-1])
+
+
+def test_stdout_is_for_data_and_gptqmodel_is_not_imported(asked: Recipe) -> None:
+    """PEFT would import it where it is installed: seconds, and a banner on stdout."""
+    file = asked.out.with_name("recipe.yaml")
+    file.write_text(asked.to_yaml())
+    script = (
+        "import sys\n"
+        "from qmerge.cli import status\n"
+        "code = status(['plan', sys.argv[1], '--json'])\n"
+        "sys.exit(code or 9 * ('gptqmodel' in sys.modules))\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["faults"] == []

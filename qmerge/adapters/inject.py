@@ -81,7 +81,7 @@ def _wrap(model: Any, adapter: Adapter) -> tuple[Any, tuple[str, ...]]:
         unit.hollow(model)
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, unit.only_dense_layers():
             warnings.simplefilter("always")
             wrapped = wrapper(model, config, unit.ADAPTER, low_cpu_mem_usage=not settles)
     except Exception as error:

@@ -8,7 +8,9 @@ are there. What follows is what `PeftModel.from_pretrained` would have had, one 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from qmerge.names import join, under
 
 HELD = "held"
+GPTQ_LIBRARY = "gptqmodel"
 SEED = 0
 LAID = "_qmerge_laid"
 PATH = "_qmerge_path"
@@ -31,6 +34,33 @@ CARRIED = (
 """What PEFT settles for the whole model, or reads from the file, outside a layer's own making."""
 ADAPTER = "default"
 """The name PEFT files a single adapter under."""
+
+
+@contextmanager
+def only_dense_layers() -> Iterator[None]:
+    """Keep PEFT from looking for GPTQ layers, of which a decoded model has none.
+
+    It looks by importing gptqmodel where that is installed, which takes ten seconds or more, prints
+    a banner to stdout and sets loggers and the environment to its liking.
+    """
+    from peft.import_utils import is_gptqmodel_available
+
+    def forget() -> None:
+        clear = getattr(is_gptqmodel_available, "cache_clear", None)
+        if clear is not None:
+            clear()
+
+    before = sys.modules.get(GPTQ_LIBRARY)
+    sys.modules[GPTQ_LIBRARY] = None  # type: ignore[assignment]
+    forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[GPTQ_LIBRARY]
+        else:
+            sys.modules[GPTQ_LIBRARY] = before
+        forget()
 
 
 class Held(nn.Module):
@@ -175,7 +205,8 @@ def lay(tuner: Any, root: nn.Module, path: str, key: str) -> nn.Module:
     former = getattr(parent, name)
     base = base_of(former)
     setattr(parent, name, base)
-    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+    forked = torch.random.fork_rng(range(torch.cuda.device_count()))
+    with forked, torch.no_grad(), only_dense_layers():
         # Some starts draw at random (`pissa_niter_4`); live and merged must draw the same.
         torch.manual_seed(SEED)
         tuner._create_and_replace(
