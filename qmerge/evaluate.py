@@ -132,7 +132,7 @@ def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Mo
 
 
 def _texts(models: Sequence[Model], recipe: EvaluateRecipe, faults: Faults) -> tuple[Corpus, ...]:
-    """The corpora in tokens of the first model; a model that numbers tokens otherwise is a fault."""
+    """The corpora in tokens of the first model; one that numbers tokens otherwise is a fault."""
     first: Any = None
     for model in models:
         home = tokenizer_home(model.asked.folder, model.asked.adapter)

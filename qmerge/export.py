@@ -63,7 +63,9 @@ def export(
         for number, unit in enumerate(units, start=1):
             progress.step(unit.label)
             name = f"model-{number:05}-of-{len(units):05}.safetensors"
-            records.append(write_shard(folder / name, _tensors(skeleton, weights, injection, unit, target)))
+            records.append(
+                write_shard(folder / name, _tensors(skeleton, weights, injection, unit, target))
+            )
         write_index(folder, records)
         write_json(folder / "config.json", _config(weights.checkpoint.config, target))
         home = tokenizer_home(base, adapter)

@@ -121,7 +121,7 @@ def _walk(walk: Walk, progress: Progress) -> None:
 
 
 def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
-    """Every file that goes in, with its digest, so that a report can be checked and a run resumed."""
+    """Every file that goes in, with its digest: what a report names and a resumed run compares."""
     recipe = job.recipe
     folders = {
         "base": recipe.base,
@@ -164,7 +164,8 @@ def _check_disk(job: Job, workspace: Workspace) -> None:
     free = disk_free(workspace.folder)
     if not workspace.finished() and free < needed:
         raise StorageError(
-            f"{workspace.folder}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free",
+            f"{workspace.folder}: the run needs about {needed >> 20} MiB of disk, "
+            f"{free >> 20} MiB are free",
             hint="free some space, or give an --out on another disk",
         )
 

@@ -118,9 +118,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     )
 
 
-def _as_trained(
-    recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]
-) -> Weights:
+def _as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]) -> Weights:
     """The base as the adapter saw it, where training quantized it on the fly."""
     dense = not base.format.summary.quantized
     if recipe.base_quant is None:
@@ -137,7 +135,9 @@ def _as_trained(
             hint="leave it out: the base is decoded from its own codes",
         )
     names = [base.names.stored[name + WEIGHT] for name in skeleton.linears()]
-    return dataclasses.replace(base, format=SimulatedReader(base.checkpoint, base.format, names, quant))
+    return dataclasses.replace(
+        base, format=SimulatedReader(base.checkpoint, base.format, names, quant)
+    )
 
 
 def _check_out(recipe: Recipe, faults: Faults) -> None:
@@ -270,7 +270,7 @@ def _misfits(skeleton: Skeleton, targets: frozenset[str], spec: GridSpec) -> lis
         Fault(
             where=name,
             message=f"{outs} x {width} weights of {spec.bits} bits do not fill 32-bit words",
-            hint="this format cannot hold the layer; use --bits 8 or --bits 4, or leave the model dense",
+            hint="no format can hold this layer; use other --bits, or leave the model dense",
         )
         for (width, outs), name in unpacked.items()
     ]
@@ -317,5 +317,3 @@ def _calibration_at_once(recipe: Recipe, skeleton: Skeleton, calibration: Corpus
     windows, length = calibration.tokens.shape
     room = recipe.memory - layer_bytes(skeleton)
     return int(max(1, min(windows, room // (length * token_bytes(skeleton)))))
-
-

@@ -337,7 +337,9 @@ def _weighted(text: str) -> WeightedAdapter:
     """DIR[@WEIGHT]. What follows the last "@" is a weight if it is a number."""
     folder, _, number = text.rpartition("@")
     try:
-        return WeightedAdapter(folder=Path(folder), weight=float(number)) if folder else _whole(text)
+        return (
+            WeightedAdapter(folder=Path(folder), weight=float(number)) if folder else _whole(text)
+        )
     except ValueError:
         return _whole(text)
 

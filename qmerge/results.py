@@ -152,7 +152,8 @@ class Remedy:
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
     """One requantized linear. `anchored` is the share of its rows on the base's own grid, `kappa`
-    how far the target was pushed out so that the update survives whole. `error` is ||(W - Q) X||^2 / ||W X||^2 on the calibration text."""
+    how far the target was pushed out so that the update survives whole. `error` is
+    ||(W - Q) X||^2 / ||W X||^2 on the calibration text."""
 
     name: str
     bits: int | None = None

@@ -152,7 +152,7 @@ class Walk:
         few = [
             replace(corpus, tokens=corpus.tokens[:NOISE_WINDOWS]) for corpus in self.job.evaluation
         ]
-        frames = {arm: self.frames[REFERENCE] for arm in (REFERENCE, NOISE)}
+        frames = dict.fromkeys((REFERENCE, NOISE), self.frames[REFERENCE])
         with self._timed("score"):
             return score(frames, self._last, few, REFERENCE, self.progress.doing)
 

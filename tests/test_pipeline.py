@@ -113,7 +113,10 @@ def test_auto_publishes_the_nearer_release(nf4_run: tuple[Recipe, RunResult]) ->
     _, result = nf4_run
     assert {c.strategy for c in result.strategy.candidates} == {"dequantize", "substitute"}
     kl = {c.strategy: c.kl.mean for c in result.strategy.candidates}
-    assert result.strategy.chosen == min(kl, key=lambda name: kl[name]) or "within two" in result.strategy.why
+    assert (
+        result.strategy.chosen == min(kl, key=lambda name: kl[name])
+        or "within two" in result.strategy.why
+    )
     assert result.arms["release"]["held_out"].kl.mean == kl[result.strategy.chosen]
     other = next(s for s in kl if s != result.strategy.chosen)
     assert result.arms[f"release_{other}"]["held_out"].kl.mean == kl[other]
@@ -123,9 +126,9 @@ def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:
     recipe, result = nf4_run
     report = json.loads((recipe.out / "qmerge_report.json").read_text())
     for key in (
-        "schema_version qmerge_version recipe strategy corpora arms change survival layers "
-        "timings peak_rss_bytes"
-    ).split():
+        *("schema_version", "qmerge_version", "recipe", "strategy", "corpora", "arms", "change"),
+        *("survival", "layers", "timings", "peak_rss_bytes"),
+    ):
         assert report[key] is not None, key
     assert RunResult.from_dict(report).to_dict() == result.to_dict()
     score = report["arms"]["release"]["held_out"]
@@ -265,9 +268,7 @@ def test_previous_release_is_an_arm_and_the_gate_speaks(
 ) -> None:
     earlier, before = nf4_run
     out = tmp_path / "release"
-    result = run(
-        replace(asked, base=tiny_nf4, out=out, previous=earlier.out, bits=2, max_kl=1e-6)
-    )
+    result = run(replace(asked, base=tiny_nf4, out=out, previous=earlier.out, bits=2, max_kl=1e-6))
     arm = result.arms["previous"]["held_out"]
     assert close(arm.perplexity, before.arms["release"]["held_out"].perplexity, 1e-6)
     assert result.change_from_previous["held_out"].ci95 is not None

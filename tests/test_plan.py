@@ -46,7 +46,9 @@ def other_shapes(recipe: Recipe) -> Recipe:
     from safetensors.torch import load_file, save_file
 
     file = Path(recipe.adapter[0]) / "adapter_model.safetensors"
-    tensors = {name: t.new_ones(t.shape[0] + 8, *t.shape[1:]) for name, t in load_file(file).items()}
+    tensors = {
+        name: t.new_ones(t.shape[0] + 8, *t.shape[1:]) for name, t in load_file(file).items()
+    }
     save_file(tensors, file)
     return recipe
 
@@ -163,9 +165,8 @@ def test_all_faults_are_told_at_once(asked: Recipe) -> None:
 
 
 def test_width_that_cannot_be_packed(asked: Recipe, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=512, hidden_size=64, intermediate_size=100, num_hidden_layers=1,

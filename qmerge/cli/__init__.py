@@ -20,7 +20,19 @@ from qmerge import __version__
 from qmerge.errors import Fault, PlanError, QmergeError
 
 # Each is a module qmerge.cli.NAME with a click command called `command`.
-COMMANDS = ("run", "plan", "inspect", "evaluate", "dequantize", "merge", "quantize", "demo")
+COMMANDS = (
+    "run",
+    "plan",
+    "inspect",
+    "evaluate",
+    "compare",
+    "report",
+    "verify",
+    "dequantize",
+    "merge",
+    "quantize",
+    "demo",
+)
 
 INTERRUPTED = 130
 INTERNAL = 3

@@ -79,9 +79,9 @@ def tell(checked: Checked, junit: Path | None, github: bool) -> None:
 
         write(junit, render(checked))
     if github:
-        from qmerge.report.github import annotations, summary
+        from qmerge.report.github import commands, summary
 
-        print(annotations(checked), end="", file=sys.stderr, flush=True)
+        print(commands(checked), end="", file=sys.stderr, flush=True)
         if os.environ.get(SUMMARY):
             _append(Path(os.environ[SUMMARY]), summary(checked))
 

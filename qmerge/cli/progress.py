@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -52,7 +53,7 @@ def _shown() -> Iterator[Progress]:
 def logged(shown: Progress, file: Path) -> Iterator[Progress]:
     """`shown`, with its events written to `file`, the last of which is done or failed."""
     try:
-        stream = file.open("w", encoding="utf-8", errors="backslashreplace")
+        stream = file.open("wb", buffering=0)  # nothing is left to be written when it is closed
     except OSError as error:
         raise StorageError(f"--log-json: {file}: {error.strerror}") from error
     with stream:
@@ -152,16 +153,16 @@ class RichProgress:
 
 
 class LoggedProgress:
-    """Another display, and each of its events as a line of JSON that is flushed at once.
+    """Another display, and each of its events as a line of JSON, there for others at once.
 
     Every event has `time` (UTC), `seconds` since the first, `rss` in bytes and `event`.
     """
 
     def __init__(
-        self, shown: Progress, stream: TextIO, clock: Callable[[], float] = time.monotonic
+        self, shown: Progress, stream: RawIOBase, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.shown = shown
-        self.stream = stream
+        self.stream: RawIOBase | None = stream
         self.clock = clock
         self.started = clock()
         self.place: dict[str, Any] = {}
@@ -186,6 +187,8 @@ class LoggedProgress:
 
     def event(self, name: str, **facts: Any) -> None:
         """A line for machines. A log that cannot be written any more does not end the job."""
+        if self.stream is None:
+            return
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seconds": round(self.clock() - self.started, 3),
@@ -194,9 +197,10 @@ class LoggedProgress:
             **facts,
         }
         try:
-            print(json.dumps(line), file=self.stream, flush=True)
+            self.stream.write(json.dumps(line).encode() + b"\n")
         except OSError as error:
-            self.shown.warn(f"--log-json: {error.strerror}")
+            self.stream = None
+            self.shown.warn(f"--log-json: {error.strerror}; no more events are written")
 
 
 def rich_bars(stream: TextIO) -> RichBars:

@@ -37,7 +37,9 @@ class BaseQuant:
     @property
     def name(self) -> str:
         double = ", double" if self.double else ""
-        return f"{self.kind} simulated" + (f"{double}, block {self.block}" if self.bits == 4 else "")
+        return f"{self.kind} simulated" + (
+            f"{double}, block {self.block}" if self.bits == 4 else ""
+        )
 
     @property
     def bits(self) -> int:
@@ -58,7 +60,9 @@ def parse_base_quant(text: str) -> BaseQuant:
     if kind not in ("nf4", "fp4", "int8") or block not in BLOCKS:
         raise RecipeError(f"--base-quant: {text!r} is not known", hint=HINT)
     if kind == "int8" and options:
-        raise RecipeError("--base-quant: int8 has neither blocks nor double quantization", hint=HINT)
+        raise RecipeError(
+            "--base-quant: int8 has neither blocks nor double quantization", hint=HINT
+        )
     return BaseQuant(kind=cast(Kind, kind), double=double, block=block)
 
 

@@ -70,9 +70,7 @@ def _added_to(output: torch.Tensor, seen: list[tuple[str, torch.Tensor]]) -> str
 
 
 @contextmanager
-def reading(
-    layer: nn.Module, places: Mapping[str, str]
-) -> Iterator[dict[str, torch.Tensor]]:
+def reading(layer: nn.Module, places: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
     """While a forward runs, the streams that these linears are added to, by linear."""
     streams: dict[str, torch.Tensor] = {}
 

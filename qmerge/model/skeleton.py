@@ -103,14 +103,14 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
         if raw.get("model_type") not in CONFIG_MAPPING:
             raise ModelError(
-                f"{folder / 'config.json'}: model type {raw.get('model_type')!r} needs code of its own",
+                f"{folder / 'config.json'}: model type {raw.get('model_type')!r} needs its own code",
                 hint=REMOTE_CODE_HINT,
             )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
-            f"{folder / 'config.json'}: transformers cannot read this configuration: {first_line(error)}",
+            f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}",
             hint="check model_type and the version of transformers that it needs",
         ) from error
     if getattr(config, "quantization_config", None) is not None:

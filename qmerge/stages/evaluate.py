@@ -37,7 +37,8 @@ def advance(
 ) -> tuple[float, float]:
     """Run a stream through one layer, a few windows at a time.
 
-    `round_to` rounds what comes out, as a runtime of that dtype would. Returns the squared distance of the new hidden states from those of the stream `reference`,
+    `round_to` rounds what comes out, as a runtime of that dtype would. Returns the squared distance
+    of the new hidden states from those of the stream `reference`,
     which has been advanced before, and the squared norm of the latter.
     """
     distance = norm = 0.0

@@ -140,7 +140,9 @@ class Requantizer:
         firsts = {group[0]: self._twins[group[0]] for group in groups}
         with ExitStack() as stack:
             if self._settings.asymmetric:
-                stack.enter_context(before_linears(self._reference, firsts, seen.inputs.__setitem__))
+                stack.enter_context(
+                    before_linears(self._reference, firsts, seen.inputs.__setitem__)
+                )
                 seen.streams = stack.enter_context(reading(self._reference, self._places))
             reference = run(self._reference, calibration.read_reference(0, windows), call)
         group_of = {name: group for group in groups for name in group}
@@ -155,9 +157,11 @@ class Requantizer:
             moments.add(inputs, twin, stream, seen.streams.pop(name, None))
             self._quantize(group, moments)
 
-        with reading(self._layer, self._places) as own:
-            with before_linears(self._layer, self._modules, touch):
-                output = run(self._layer, calibration.read(0, windows), call)
+        with (
+            reading(self._layer, self._places) as own,
+            before_linears(self._layer, self._modules, touch),
+        ):
+            output = run(self._layer, calibration.read(0, windows), call)
         for group in groups:
             if group[0] not in self.packed:
                 self._quantize(group, self._moments(group))

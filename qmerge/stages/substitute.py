@@ -14,8 +14,8 @@ from qmerge.model.weights import Weights
 EXPLAINED = {2: 1.0, 3: 0.6, 4: 0.35, 8: 0.05}
 """Relative error ||W - Wq|| / ||W|| that quantizing to so many bits may cause in one linear.
 
-Rounding a normal sample to nearest in groups of 128 costs 0.5, 0.22, 0.1 and 0.006; GPTQ and clipped
-steps cost more. Two models that have nothing in common differ by about 1.4.
+Rounding a normal sample to nearest in groups of 128 costs 0.5, 0.22, 0.1 and 0.006; GPTQ and
+clipped steps cost more. Two models that have nothing in common differ by about 1.4.
 """
 UNKNOWN_BITS = 4
 SHOWN = 3
