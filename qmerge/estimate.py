@@ -100,7 +100,7 @@ def disk_bytes(job: Job) -> int:
 
 
 def _stream_bytes(job: Job) -> int:
-    """Two generations of hidden states, of every arm's evaluation and every release's calibration."""
+    """Two generations of hidden states: arms on evaluation text, releases on calibration text."""
     hidden = int(text_config(job.skeleton.model.config).hidden_size)
     evaluated = sum(corpus.tokens.numel() for corpus in job.evaluation) * len(arm_names(job))
     calibrated = 2 * job.calibration.tokens.numel() * len(job.strategies)

@@ -10,6 +10,7 @@ Shapes: O out features, I in features, G groups, C columns of a group, R rows of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -29,12 +30,23 @@ class Whole:
     """The condition that ⟨weight − origin, D⟩_H is ⟨D, D⟩_H, summed over the rows of each linear.
 
     `update_OI` is D H, `wanted_P` is ⟨origin + D, D⟩_H of each of the P linears that are stacked
-    along O, and `part_O` says which of them a row belongs to.
+    along O, `rows` out features each.
     """
 
     update_OI: Tensor
     wanted_P: Tensor
-    part_O: Tensor
+    rows: tuple[int, ...]
+
+
+def per_part(values_O: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Sums over the rows of each stacked linear, float64 [P], in the same order on any device."""
+    ends = accumulate(rows, initial=0)
+    return torch.stack([values_O[start:end].double().sum() for start, end in pairwise(ends)])
+
+
+def per_row(values_P: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """The value of each stacked linear on all of its rows, [O]."""
+    return values_P.repeat_interleave(torch.tensor(rows, device=values_P.device))
 
 
 def refit(
@@ -105,11 +117,7 @@ def _normal_equations(
 def _lift(best_OG: Tensor, push_OG: Tensor, slope_OG: Tensor, whole: Whole) -> Tensor:
     """The least change of the steps that meets the condition of each linear."""
 
-    def per_part(values_OG: Tensor) -> Tensor:
-        sums_P = torch.zeros_like(whole.wanted_P, dtype=torch.float64)
-        return sums_P.index_add_(0, whole.part_O, values_OG.sum(1))
-
-    missing_P = whole.wanted_P.double() - per_part(slope_OG * best_OG)
-    gain_P = per_part(slope_OG * push_OG)
+    missing_P = whole.wanted_P - per_part((slope_OG * best_OG).sum(1), whole.rows)
+    gain_P = per_part((slope_OG * push_OG).sum(1), whole.rows)
     amount_P = torch.where(gain_P > 0, missing_P / gain_P, 0.0)
-    return amount_P[whole.part_O][:, None] * push_OG
+    return per_row(amount_P, whole.rows)[:, None] * push_OG

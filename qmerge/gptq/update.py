@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qmerge.gptq.factor import DAMPING, Order, factor
 from qmerge.gptq.grid import Grid, GridSpec, fit_groups, group_width
-from qmerge.gptq.refine import Whole, refit
+from qmerge.gptq.refine import Whole, per_part, per_row, refit
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import aim
 
@@ -118,12 +118,9 @@ class _Stack:
         self.update_OI = self.merged_OI - self.origin_OI
         self.H_II = torch.zeros_like(H_II) if self.factor.is_nearest else H_II
         self.moved_OI = self.update_OI @ self.H_II
-        self.part_O = torch.arange(len(rows), device=H_II.device).repeat_interleave(
-            torch.tensor(rows, device=H_II.device)
-        )
         self.energy_P = self.along_update(self.update_OI)
-        alone_P = self.per_part(self.update_OI.abs().sum(1)) == 0
-        self.kept_O = alone_P[self.part_O] & (base is not None)
+        alone_P = per_part(self.update_OI.abs().sum(1), rows) == 0
+        self.kept_O = per_row(alone_P, rows) & (base is not None)
         self.groups = H_II.shape[0] // group_width(spec.group_size, H_II.shape[0])
         self.g_idx_I = base.g_idx_I if base else self._sorted_groups() if order == "full" else None
 
@@ -135,14 +132,9 @@ class _Stack:
         rounded_I = torch.arange(width - 1, -1, -1, device=self.H_II.device)
         return self.factor.own_order(rounded_I // (width // self.groups)).to(torch.int32)
 
-    def per_part(self, values_O: Tensor) -> Tensor:
-        """Sums over each sibling's rows, float64 [P]."""
-        sums_P = torch.zeros(len(self.rows), dtype=torch.float64, device=values_O.device)
-        return sums_P.index_add_(0, self.part_O, values_O.double())
-
     def along_update(self, E_OI: Tensor) -> Tensor:
         """⟨E, D⟩_H of each sibling, float64 [P]."""
-        return self.per_part((E_OI * self.moved_OI).sum(1))
+        return per_part((E_OI * self.moved_OI).sum(1), self.rows)
 
     def target(self, drift_II: Tensor | None, residual_OI: Tensor | None) -> Tensor:
         """What to aim at; rows that keep the base's codes aim at the base."""
@@ -153,7 +145,7 @@ class _Stack:
         """Codes on the base's grid as it is, by a few passes."""
         kappa_P = torch.ones_like(self.energy_P)
         found = solve(target_OI, self.factor, self.spec, grid=base)
-        loss_P = self.per_part(found.loss_O)
+        loss_P = per_part(found.loss_O, self.rows)
         for _ in range(PASSES - 1 if unit_survival else 0):
             kappa_P = self.push(target_OI, found, kappa_P)
             found = solve(self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=base)
@@ -179,7 +171,7 @@ class _Stack:
         fresh = fit_groups(target_OI, weight_I, self.spec, self.g_idx_I, self.groups)
         if self.base is None:
             found = solve(target_OI, self.factor, self.spec, grid=fresh)
-            return found, self.kept_O, self.per_part(found.loss_O), None
+            return found, self.kept_O, per_part(found.loss_O, self.rows), None
         both = Grid(
             scales_OG=torch.cat([fresh.scales_OG, self.base.scales_OG]),
             zeros_OG=torch.cat([fresh.zeros_OG, self.base.zeros_OG]),
@@ -189,7 +181,7 @@ class _Stack:
         twice = solve(torch.cat([target_OI, target_OI]), self.factor, self.spec, grid=both)
         on_fresh, on_base = twice.split((out, out))
         based_O = self.kept_O | (on_base.loss_O < on_fresh.loss_O)
-        losses = self.per_part(on_fresh.loss_O), self.per_part(on_base.loss_O)
+        losses = per_part(on_fresh.loss_O, self.rows), per_part(on_base.loss_O, self.rows)
         return chosen(based_O, on_base, on_fresh), based_O, *losses
 
     def push(self, target_OI: Tensor, found: Solution, kappa_P: Tensor) -> Tensor:
@@ -206,7 +198,7 @@ class _Stack:
         return torch.where(self.energy_P > 0, pushed_P.clamp_(1 / FURTHEST, FURTHEST), 1.0)
 
     def pushed(self, target_OI: Tensor, kappa_P: Tensor) -> Tensor:
-        extra_O = (kappa_P - 1)[self.part_O].to(target_OI.dtype)
+        extra_O = per_row(kappa_P - 1, self.rows).to(target_OI.dtype)
         return torch.addcmul(target_OI, extra_O[:, None], self.update_OI)
 
     def refitted(self, target_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
@@ -214,7 +206,7 @@ class _Stack:
         condition = None
         if whole:
             wanted_P = self.energy_P + self.along_update(self.origin_OI)
-            condition = Whole(update_OI=self.moved_OI, wanted_P=wanted_P, part_O=self.part_O)
+            condition = Whole(update_OI=self.moved_OI, wanted_P=wanted_P, rows=self.rows)
         grid = refit(target_OI, found.codes_OI, grid_of(found), damped_II, condition)
         scales_OG = torch.where(self.kept_O[:, None], found.scales_OG, grid.scales_OG)
         grid = replace(grid, scales_OG=scales_OG)
@@ -233,8 +225,8 @@ class _Stack:
         loss_O = ((error_OI @ self.H_II) * error_OI).sum(1)
         found = replace(found, loss_O=loss_O)
         kept_P = self.along_update(found.weight_OI - self.origin_OI)
-        noise_P = self.per_part(loss_O)
-        anchored_P = self.per_part(based_O)
+        noise_P = per_part(loss_O, self.rows)
+        anchored_P = per_part(based_O, self.rows)
         result = []
         for part, solution in enumerate(found.split(self.rows)):
             energy = float(self.energy_P[part])

@@ -28,7 +28,9 @@ class _Kept:
     floor: bool = False
     share: bool = False
 
-    def verdict(self, value: float | None, bound: float, of: str, corpus: str | None) -> GateVerdict:
+    def verdict(
+        self, value: float | None, bound: float, of: str, corpus: str | None
+    ) -> GateVerdict:
         """What was not measured, or is no number, does not pass."""
         passed = value is not None and (value >= bound if self.floor else value <= bound)
         where = f"{of} on {corpus}" if corpus else of
@@ -99,8 +101,8 @@ def _checked(result: RunResult) -> list[tuple[str, Mapping[str, ArmScore]]]:
 
 
 def _on_corpora(of: str, scores: Mapping[str, ArmScore], limits: Limits) -> Iterator[GateVerdict]:
-    found: Mapping[str | None, ArmScore | None] = {**scores} or {None: None}
-    for corpus, score in found.items():
+    found: list[tuple[str | None, ArmScore | None]] = [*scores.items()]
+    for corpus, score in found or [(None, None)]:
         for kept, read in ON_CORPORA:
             bound = getattr(limits, kept.limit)
             if bound is not None:

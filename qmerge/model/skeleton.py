@@ -103,7 +103,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
         if raw.get("model_type") not in CONFIG_MAPPING:
             raise ModelError(
-                f"{folder / 'config.json'}: model type {raw.get('model_type')!r} needs its own code",
+                f"{folder / 'config.json'}: model type {raw.get('model_type')!r} needs own code",
                 hint=REMOTE_CODE_HINT,
             )
     try:

@@ -132,8 +132,8 @@ class Journal:
 
 
 def _canonical(event: Any) -> str:
-    """One text for equal events: keys are strings before they are sorted."""
-    return json.dumps(json.loads(json.dumps(event)), sort_keys=True)
+    """The text that is digested, and that reads back as it is: keys are strings, in their order."""
+    return json.dumps(json.loads(json.dumps(event)))
 
 
 def _chain(previous: str, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from qmerge.errors import Fault, RecipeError
 from qmerge.options import options
 from qmerge.progress import Progress
 from qmerge.recipe import EvaluateRecipe, Recipe
+from qmerge.results import GateVerdict
 
 GIVEN = ["--base", "b", "--adapter", "a", "--out", "o"]
 
@@ -24,6 +26,7 @@ class Calls:
     """What the stand-ins were given, and the faults that the plan will find."""
 
     recipe: Any = None
+    gate: tuple[GateVerdict, ...] = ()
     faults: tuple[Fault, ...] = ()
     summary: Any = None
 
@@ -79,13 +82,11 @@ def test_flags_win_over_the_recipe_file(calls: Calls, tmp_path: Path) -> None:
 
 
 def test_every_field_is_a_flag(calls: Calls) -> None:
-    words = {"eval": ["t.txt"], "memory": ["1GiB"], "damping": ["0.5"], "device": ["cpu"]}
+    words = {"": [], "X": ["0.5"], "X|X%": ["1%"], "SIZE": ["1GiB"], "DEVICE": ["cpu"]}
     for each in options(Recipe):
         flag = each.flag.split("/")[0]
         choices = each.kind.metavar.split("|")
-        value = words.get(
-            each.name, [] if not each.kind.metavar else [choices[0].strip("N") or "7"]
-        )
+        value = words.get(each.kind.metavar, [choices[0].strip("N") or "7"])
         assert cli.status(["run", *GIVEN, flag, *value]) == 0, flag
         assert getattr(calls.recipe, each.name) is not None
 
@@ -109,6 +110,13 @@ def test_evaluate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.status(["evaluate", "b", "t=b+a", "--reference", "t"]) == 0
     assert calls.recipe == EvaluateRecipe(models=("b", "t=b+a"), reference="t")
     assert capsys.readouterr().out == "table as text\n"
+
+
+def test_limits_are_kept_against_another_checkpoint() -> None:
+    asked = EvaluateRecipe(models=("b", "a"), reference="b", max_kl=0.1)
+    assert asked.faults() == ()
+    for alone in (replace(asked, reference=None), replace(asked, models=("b",))):
+        assert [fault.where for fault in alone.faults()] == ["--max-kl"]
 
 
 def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from qmerge.cli.progress import PlainProgress, RichProgress, display, duration, memory, rich_bars
+from qmerge.cli.progress import (
+    LoggedProgress,
+    PlainProgress,
+    RichProgress,
+    display,
+    duration,
+    logged,
+    memory,
+    rich_bars,
+)
 
 
 class Clock:
@@ -99,6 +111,53 @@ def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[
         assert isinstance(shown, PlainProgress)
         print("chatter", file=sys.stdout)
     assert capsys.readouterr() == ("", "chatter\n")
+
+
+def test_events_are_lines_that_others_can_read_at_once(tmp_path: Path) -> None:
+    file, stream = tmp_path / "log.jsonl", io.StringIO()
+    with logged(PlainProgress(stream), file) as log:
+        log.stage("walk", 2)
+        log.step("layer 0")
+        assert len(file.read_text().splitlines()) == 2
+        log.doing("trained\n")
+        log.step("layer \ud800")
+        log.warn("texts overlap")
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    facts = [
+        {k: v for k, v in event.items() if k not in ("time", "seconds", "rss")} for event in events
+    ]
+    place = {"stage": "walk", "total": 2}
+    assert facts == [
+        {"event": "stage", **place, "step": 0},
+        {"event": "step", **place, "step": 1, "item": "layer 0"},
+        {"event": "doing", **place, "step": 1, "item": "layer 0", "doing": "trained\n"},
+        {"event": "step", **place, "step": 2, "item": "layer \ud800"},
+        {"event": "warn", "message": "texts overlap"},
+        {"event": "done"},
+    ]
+    assert all(event["rss"] > 1 << 20 for event in events)
+    seconds = [event["seconds"] for event in events]
+    assert seconds == sorted(seconds)
+    assert all(datetime.fromisoformat(event["time"]).tzinfo == UTC for event in events)
+    assert "walk 1/2 · layer 0" in stream.getvalue()
+
+
+def test_a_failure_is_the_last_event(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    with pytest.raises(KeyboardInterrupt), logged(PlainProgress(io.StringIO()), file):
+        raise KeyboardInterrupt
+    assert json.loads(file.read_text())["event"] == "failed"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_ends_the_log_and_not_the_job() -> None:
+    stream = io.StringIO()
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        log = LoggedProgress(PlainProgress(stream), full)
+        log.stage("walk", 1)
+        log.step("layer 0")
+    assert stream.getvalue().count("warning: --log-json: No space left on device") == 1
+    assert "layer 0" in stream.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
-from qmerge.errors import RecipeError
-from qmerge.measure.gate import Limits, check_limits, parse_limit
+from qmerge.measure.gate import Limits, check_limits
+from qmerge.results import ArmScore
 from tests.samples import finished, without_adapter_figures
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("1%", 0.01), ("0.01", 0.01), (" 95 %", 0.95), ("0", 0.0), ("0.05", 0.05)]
-)
-def test_limits_are_shares_or_per_cent(text: str, value: float) -> None:
-    assert parse_limit(text, option="--max-kl") == pytest.approx(value)
-
-
-@pytest.mark.parametrize("text", ["", "%", "one", "-1%", "nan", "inf"])
-def test_a_limit_that_is_no_number_names_its_option(text: str) -> None:
-    with pytest.raises(RecipeError, match="--max-kl"):
-        parse_limit(text, option="--max-kl")
 
 
 def test_every_limit_is_checked_on_every_corpus() -> None:
@@ -60,13 +48,38 @@ def test_an_increase_is_that_of_the_paired_ratio() -> None:
     assert verdict.value == pytest.approx(change.ratio - 1)
 
 
+def test_every_model_but_the_reference_is_checked_where_no_one_is_the_subject() -> None:
+    result = without_adapter_figures(finished())
+    verdicts = check_limits(result, Limits(max_kl=0.05))
+    named = [arm for arm in result.arms if arm != "trained"]
+    assert [v.text.partition(" is ")[0] for v in verdicts] == [
+        f"mean KL of {arm} on {corpus}" for arm in named for corpus in ("plays", "encyclopedia")
+    ]
+    for verdict, (arm, corpus) in zip(
+        verdicts, ((a, c) for a in named for c in ("plays", "encyclopedia")), strict=True
+    ):
+        assert verdict.value == result.arms[arm][corpus].kl.mean
+        assert verdict.passed == (verdict.value <= 0.05)
+
+
 def test_what_was_not_measured_does_not_pass() -> None:
     limits = Limits(max_ppl_increase=0.5, max_kl=1.0, min_survival=0.0, min_same_top=0.0)
-    for result in (
-        without_adapter_figures(finished()),
-        dataclasses.replace(finished(), arms={}, survival=None),
-    ):
-        verdicts = check_limits(result, limits)
-        assert len(verdicts) == 4
+    alone = {arm: {c: _bare(s) for c, s in found.items()} for arm, found in finished().arms.items()}
+    for arms, count in ((alone, 7), ({}, 4)):
+        verdicts = check_limits(dataclasses.replace(finished(), arms=arms, survival=None), limits)
+        assert len(verdicts) == count
         assert not any(v.passed for v in verdicts)
         assert all("not measured" in v.text for v in verdicts)
+
+
+def test_what_is_no_number_does_not_pass() -> None:
+    score = finished().arms["release"]["plays"]
+    assert score.kl is not None
+    broken = dataclasses.replace(score, kl=dataclasses.replace(score.kl, mean=math.nan))
+    result = dataclasses.replace(finished(), arms={"release": {"plays": broken}})
+    (verdict,) = check_limits(result, Limits(max_kl=1.0))
+    assert not verdict.passed
+
+
+def _bare(score: ArmScore) -> ArmScore:
+    return dataclasses.replace(score, change=None, kl=None, same_top=None)
