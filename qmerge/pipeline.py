@@ -15,8 +15,8 @@ from qmerge.errors import StorageError
 from qmerge.estimate import disk_bytes
 from qmerge.job import Job
 from qmerge.measure import (
-    Limits,
     check_limits,
+    limits_of,
     pair,
     paired_estimate,
     pool_survival,
@@ -35,7 +35,7 @@ from qmerge.provenance import (
     plain_recipe,
     versions,
 )
-from qmerge.recipe import Recipe, Scoring
+from qmerge.recipe import Recipe
 from qmerge.release import (
     REPORT,
     quantization_settings,
@@ -222,16 +222,6 @@ def _result(
         peak_rss_bytes=peak_rss(),
     )
     return replace(result, gate=check_limits(result, limits_of(job.recipe)))
-
-
-def limits_of(recipe: Scoring) -> Limits:
-    """The limits that a recipe sets."""
-    return Limits(
-        max_ppl_increase=recipe.max_ppl_increase,
-        max_kl=recipe.max_kl,
-        min_same_top=recipe.min_same_top,
-        min_survival=getattr(recipe, "min_survival", None),
-    )
 
 
 def _from_previous(arms: Mapping[str, Mapping[str, ArmScore]]) -> dict[str, Change]:

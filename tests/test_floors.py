@@ -52,6 +52,7 @@ FLOORS = (
             "compare",
             "export",
             "demo",
+            "verify",
         ),
         ladder=True,
     ),
@@ -105,6 +106,7 @@ FILES = {
         "junit",
         "github",
     ),
+    "verify": ("findings", "files", "weights", "loaders", "loaded", "loading", "proof"),
     "cli": (
         "options",
         "progress",
@@ -119,6 +121,7 @@ FILES = {
         "evaluate",
         "compare",
         "report",
+        "verify",
         "demo",
     ),
 }

@@ -23,6 +23,7 @@ SAFE_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 RETRY_HINT = "copy the adapter again from where training saved it, as safetensors where you can"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+NAMES_OF_MODULES = ("target_modules", "target_parameters", "modules_to_save")
 SHOWN_OPTIONS = (
     "use_rslora",
     "use_dora",
@@ -169,11 +170,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: no {CONFIG_NAME}", hint=hint)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{file}: not readable as JSON: {error}", hint=RETRY_HINT) from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterError(f"{file}: no peft_type", hint="give the folder that PEFT saved")
+    for key in NAMES_OF_MODULES:
+        names = config.get(key) or []
+        if not isinstance(names, str) and not _is_names(names):
+            raise AdapterError(f"{file}: {key} is neither a name nor a list", hint=RETRY_HINT)
     return config
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _peft_config(config: Mapping[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:

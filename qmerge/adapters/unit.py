@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qmerge.errors import AdapterError
 from qmerge.names import join, under
 
 HELD = "held"
@@ -209,9 +210,12 @@ def lay(tuner: Any, root: nn.Module, path: str, key: str) -> nn.Module:
     with forked, torch.no_grad(), only_dense_layers():
         # Some starts draw at random (`pissa_niter_4`); live and merged must draw the same.
         torch.manual_seed(SEED)
-        tuner._create_and_replace(
-            tuner.peft_config[ADAPTER], ADAPTER, base, name, parent, current_key=key
-        )
+        try:
+            tuner._create_and_replace(
+                tuner.peft_config[ADAPTER], ADAPTER, base, name, parent, current_key=key
+            )
+        except Exception as error:  # PEFT trusts its configuration file
+            raise AdapterError(f"PEFT cannot make its layer at {key}: {error}") from error
     made: nn.Module = getattr(parent, name)
     _carry(former, made)
     made.__dict__[LAID] = True

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from qmerge.cli.options import Command, json_option, recipe_options
+from qmerge.cli.outputs import ci_options, finish, log_option
 from qmerge.cli.progress import display
 from qmerge.options import build
 from qmerge.recipe import Recipe
@@ -18,20 +19,27 @@ GIVEN = ("base", "adapter", "out", "original", "strategy")
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options(Recipe, without=GIVEN)
+@log_option
+@ci_options
 @json_option
-def command(dense: Path, out: Path, as_json: bool, **flags: object) -> int:
+def command(
+    dense: Path,
+    out: Path,
+    as_json: bool,
+    junit: Path | None,
+    github: bool,
+    log_json: Path | None,
+    **flags: object,
+) -> int:
     """Quantize a model with GPTQ, and measure what that cost.
 
     DENSE is any model folder that qmerge reads; the release is written to OUT with its report.
     """
     asked = build(Recipe, {**flags, "base": dense, "out": out})
 
-    with display() as progress:
+    with display(log_json) as progress:
         from qmerge.pipeline import run
 
         result = run(asked, progress)
 
-    from qmerge.report import render
-
-    click.echo(render(result, "json" if as_json else "text").rstrip())
-    return 0 if all(verdict.passed for verdict in result.gate) else 1
+    return finish(result, as_json, junit, github)

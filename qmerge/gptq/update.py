@@ -33,7 +33,7 @@ from qmerge.gptq.target import aim
 GridChoice = Literal["fresh", "anchored", "auto"]
 
 # The target is pushed out at most so far: what rounding all but erased is lost in its noise.
-FURTHEST = 3.0
+FURTHEST = 1.3
 # Passes over the columns on the base's grid as it is, where only κ can bring survival to one.
 PASSES = 3
 

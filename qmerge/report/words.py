@@ -314,19 +314,17 @@ def _kept(linear: LinearResult) -> float:
 
 def loud(result: RunResult) -> list[tuple[LinearResult, float]]:
     """Linears whose error stands out from that of their like, and how many times, worst first."""
-    like: dict[str, list[float]] = {}
-    for linear in linears(result):
-        if linear.error is not None:
-            like.setdefault(projection(linear.name), []).append(linear.error)
-    everywhere = [error for errors in like.values() for error in errors]
+    measured = [(linear, linear.error) for linear in linears(result) if linear.error is not None]
     found = []
-    for linear in linears(result):
-        if linear.error is None:
-            continue
-        peers = like[projection(linear.name)]
-        usual = median(peers if len(peers) >= 3 else everywhere)
-        if usual > 0 and linear.error > max(LOUD * usual, HEARD):
-            found.append((linear, linear.error / usual))
+    for linear, error in measured:
+        others = [(other, value) for other, value in measured if other is not linear]
+        kind = projection(linear.name)
+        peers = [value for other, value in others if projection(other.name) == kind]
+        if len(peers) < 2:
+            peers = [value for _, value in others]
+        usual = median(peers) if peers else 0.0
+        if usual > 0 and error > max(LOUD * usual, HEARD):
+            found.append((linear, error / usual))
     return sorted(found, key=lambda pair: -pair[1])
 
 

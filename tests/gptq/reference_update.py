@@ -110,8 +110,8 @@ def requantize(
         energy = inner(update[own], H, update[own])
         beside = inner((target - merged)[own], H, update[own]) / energy
         kept = inner((weight - origin)[own], H, update[own]) / energy
-        shrinkage = min(max(kept / (beside + 1), 1 / 3), 1)
-        kappa[part] = min(max(1 + (1 - kept) / shrinkage, 1 / 3), 3)
+        shrinkage = min(max(kept / (beside + 1), 1 / 1.3), 1)
+        kappa[part] = min(max(1 + (1 - kept) / shrinkage, 1 / 1.3), 1.3)
     scales = refit(target, codes, scales, zeros, g_idx, damped, [], dtype)
     pushed = target + (kappa[parts] - 1)[:, None] * update
     codes, _, _ = rounded(pushed, (scales, zeros, g_idx))

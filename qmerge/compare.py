@@ -1,0 +1,80 @@
+"""Two releases side by side: from their reports, or scored on the same tokens here and now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qmerge.errors import InputError, PlanError
+from qmerge.measure import check_limits, compare_results, limits_of
+from qmerge.progress import Progress
+from qmerge.recipe import CompareRecipe
+from qmerge.reread import REPORT, read_report
+from qmerge.results import Comparison, RunResult
+
+OLD, NEW = "old", "new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """`new` carries the verdicts on the limits; with --eval it holds the scores of both."""
+
+    comparison: Comparison
+    new: RunResult
+
+    @property
+    def passed(self) -> bool:
+        """No regression, and no limit fell."""
+        held = all(verdict.passed for verdict in self.new.gate)
+        return self.comparison.verdict != "worse" and held
+
+
+def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Compared:
+    """Whether NEW is better, worse or the same beyond noise, window by window.
+
+    An increase of perplexity is limited against OLD; KL, same top token and survival against the
+    reference that NEW was measured against, which is OLD where both are scored here. CorpusError
+    names a corpus of which the two have other tokens.
+    """
+    if recipe.faults():
+        raise PlanError(recipe.faults())
+    old, new = _scored(recipe, progress) if recipe.eval else _reported(recipe)
+    comparison = compare_results(old, new)
+    return Compared(comparison=comparison, new=_with_gate(recipe, comparison, new))
+
+
+def _reported(recipe: CompareRecipe) -> tuple[RunResult, RunResult]:
+    return _of_one_model(recipe.old), _of_one_model(recipe.new)
+
+
+def _of_one_model(place: str) -> RunResult:
+    """One of `qmerge evaluate` is taken where it speaks of one model beside the reference."""
+    path = Path(place).expanduser()
+    if path.is_dir() and not (path / REPORT).is_file():
+        raise InputError(
+            f"{place} holds no {REPORT}",
+            hint="give --eval TEXT to score both, or releases that `qmerge run` made",
+        )
+    result = read_report(path)
+    others = [arm for arm in result.arms if arm != result.reference]
+    if result.subject is None and len(others) == 1:
+        return replace(result, subject=others[0])
+    return result
+
+
+def _scored(recipe: CompareRecipe, progress: Progress | None) -> tuple[RunResult, RunResult]:
+    from qmerge.evaluate import evaluate
+
+    both = evaluate(recipe.scoring(), progress)
+    return replace(both, subject=OLD), replace(both, subject=NEW)
+
+
+def _with_gate(recipe: CompareRecipe, comparison: Comparison, new: RunResult) -> RunResult:
+    """The limits hold on every corpus that both have."""
+    subject = new.subject or ""
+    scores = {
+        corpus: replace(new.arms[subject][corpus], change=found.change)
+        for corpus, found in comparison.corpora.items()
+    }
+    verdicts = check_limits(replace(new, arms={subject: scores}), limits_of(recipe))
+    return replace(new, gate=verdicts)
