@@ -17,15 +17,17 @@ from qmerge.storage.shards import sha256_file
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate", "bitsandbytes")
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
 
 
 def folder_record(path: Path, **facts: Any) -> InputRecord:
-    """A folder with the digest of each of its files."""
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and entry.name[0] != ".")
+    """A folder with the digest of each of its files, a tokenizer's further templates among them."""
+    entries = sorted((*path.iterdir(), *path.glob(f"{TEMPLATES}/*")))
+    files = [entry for entry in entries if entry.is_file() and entry.name[0] != "."]
     return InputRecord(
         path=str(path),
         bytes=sum(entry.stat().st_size for entry in files),
-        files={entry.name: sha256_file(entry) for entry in files},
+        files={entry.relative_to(path).as_posix(): sha256_file(entry) for entry in files},
         license=license_of(path),
         **facts,
     )

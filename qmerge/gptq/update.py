@@ -77,8 +77,9 @@ def solve_update(
 
     `origin_OI` is what the adapter was merged onto and `base` the grid that it lies on, if any; a
     grid that the release cannot express is passed over. A sibling that the adapter left alone keeps
-    the base's codes where its grid may be used. Without `drift_II` and `residual_OI` (see `target`)
-    the target is the merged weight itself. Raises InputError for a weight that is not finite.
+    the base's codes where its grid may be used. `drift_II` and `residual_OI`, each with the two
+    halves of `Drift.mean` in front, move the target (see `target`); without them it is the merged
+    weight itself. Raises InputError for a weight that is not finite.
     """
     usable = base if grid != "fresh" and base and expressible(base, spec, order) else None
     stack = _Stack(merged_OI, origin_OI, H_II, spec, rows, order, damping, usable)

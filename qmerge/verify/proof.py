@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,14 +101,13 @@ class Proof:
             for unit in units:
                 progress.step(unit.label)
                 if unit.kind != "layer":
-                    merged = {name: merged_outer.tensor(name) for name in unit.parameters}
-                    self._compare(merged)
+                    self._compare(unit.parameters, merged_outer.tensor)
                     continue
                 origin = self.origin.unit(unit)
                 live = live_layer(self.job.skeleton, self.job.change, unit, origin)
                 relative = merge_layer(self.job.change, live)
                 merged = {join(unit.path, name): tensor for name, tensor in relative.items()}
-                self._compare(merged)
+                self._compare(unit.parameters, merged.__getitem__)
                 seconds = text.layer(unit) if text is not None else {}
                 self._survival(unit, origin, relative, seconds)
 
@@ -138,12 +137,12 @@ class Proof:
             self.wrong["survival"].append(f"of the whole {shown}, reported {_shown(said)}")
         findings.say("survival", self.wrong["survival"], f"{shown}, measured again, as reported")
 
-    def _compare(self, merged: Tensors) -> None:
+    def _compare(self, names: Iterable[str], merged: Callable[[str], torch.Tensor]) -> None:
         """One unit's tensors as they are stored against what they should be."""
         touched = self.job.change.touched if self.job.change is not None else frozenset()
-        for name, tensor in merged.items():
+        for name in names:
             if self.release.is_quantized(name):
-                self._near(name, tensor)
+                self._near(name, merged(name))
                 continue
             stored, source = self.release.as_stored(name), self.origin.as_stored(name)
             assert stored is not None
@@ -153,7 +152,7 @@ class Proof:
                     self.wrong["untouched"].append(name)
             else:
                 self.changed += 1
-                if not _same_bytes(stored, tensor.to(self.job.base.dense_dtype(name))):
+                if not _same_bytes(stored, merged(name).to(self.job.base.dense_dtype(name))):
                     self.wrong["merged"].append(name)
 
     def _near(self, name: str, merged_OI: torch.Tensor) -> None:

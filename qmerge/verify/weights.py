@@ -13,7 +13,7 @@ import torch
 
 from qmerge.errors import QmergeError
 from qmerge.formats.base import IntegerWeight
-from qmerge.model.frame import Frame
+from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.weights import Weights
@@ -53,10 +53,12 @@ class WeightChecks:
         progress.stage("decode", len(units))
         for unit in units:
             progress.step(unit.label)
+            if unit.kind != "layer":
+                self._outside(unit)
+                continue
             decoded = {name: self._decode(name) for name in unit.parameters}
-            if unit.kind == "layer":
-                own = {name: tensor for name, tensor in decoded.items() if tensor is not None}
-                self.siblings += self._siblings(unit, own, calls[unit.index])
+            own = {name: tensor for name, tensor in decoded.items() if tensor is not None}
+            self.siblings += self._siblings(unit, own, calls[unit.index])
 
     def tell(self, findings: Findings) -> None:
         for name, text in (
@@ -70,6 +72,17 @@ class WeightChecks:
             findings.say(name, self.wrong[name], text)
         torn = [f"{', '.join(group)} differ" for group in self.siblings if not self._agree(group)]
         findings.say("siblings", torn, f"{len(self.siblings)} sets that servers fuse agree")
+
+    def _outside(self, unit: Unit) -> None:
+        """Embeddings and heads are large: a few rows at a time."""
+        for name in unit.parameters:
+            if self.weights.is_quantized(name) or not self.weights.shape(name):
+                self._decode(name)
+                continue
+            for start in range(0, self.weights.shape(name)[0], ROWS_AT_ONCE):
+                stop = min(start + ROWS_AT_ONCE, self.weights.shape(name)[0])
+                if not bool(torch.isfinite(self.weights.rows(name, start, stop)).all()):
+                    self.wrong["dense"].append(f"{name} is not finite in rows {start} to {stop}")
 
     def _decode(self, parameter: str) -> torch.Tensor | None:
         """The parameter in float32, and every complaint about it."""

@@ -16,11 +16,9 @@ STORAGE_FAILED = 3
 FULL = (
     "mkdir *streams",
     "write *streams/*",
-    "replace *00001-of*",
     "fsync *.f32",
     "pwrite *",
     "write *00003-of*",
-    "create *streams/*",
     "write *index.json*",
     "fsync *report.html*",
     "rename *",

@@ -16,16 +16,13 @@ KILLED = -9
 COMMIT_POINTS = (
     ("mkdir *.partial", 1),
     ("pwrite *", 1),  # half of the journal's first line
-    ("write *streams/*", 2),
     ("replace *00001-of*", 1),
-    ("fsync *.f32", 2),
     ("fsync *.jsonl", 2),  # the embedding's line is written; of the next layer nothing is
     ("write *00002-of*", 9),
     ("fsync *streams", 1),  # shard and hidden states are whole, and not yet journalled
     ("pwrite *", 1),
     ("fsync *.jsonl", 2),
     ("write *streams/*", 5),  # over the generation before the last
-    ("replace *00004-of*", 1),
     ("pwrite *", 2),  # layer 1 is journalled, layer 2 half
     ("pwrite *", 1),
 )

@@ -39,7 +39,8 @@ def test_equals_naive_float64(
     H = second_moment(WIDTH, seed=2)
     base = base_of(H, bits, symmetric)
     merged = base.weight + low_rank(size, seed=3)
-    drift, residual = 0.02 * H.roll(1, dims=0), 0.1 * weight(OUT, WIDTH, seed=5)
+    drift = torch.stack([0.02 * H.roll(1, dims=0), 0.02 * H.roll(2, dims=0)])
+    residual = torch.stack([0.1 * weight(OUT, WIDTH, seed=5), 0.1 * weight(OUT, WIDTH, seed=6)])
     found = solve_update(
         merged,
         base.weight,
@@ -150,7 +151,7 @@ def test_a_sibling_left_alone_keeps_its_codes(choice: str) -> None:
         rows=ROWS,
         base=given(base),
         grid=choice,  # type: ignore[arg-type]
-        drift_II=0.1 * H.roll(1, dims=0),
+        drift_II=0.1 * torch.stack([H.roll(1, dims=0)] * 2),
     )
     alone = found[1]
     assert torch.equal(alone.solution.codes_OI.double(), base.codes[OWN[1]])
@@ -225,7 +226,7 @@ def test_without_a_hessian_rounding_is_nearest_and_says_so(poison: float, choice
 def test_asymmetric_target_brings_the_release_nearer_to_the_reference() -> None:
     X = inputs(400, WIDTH, seed=18)
     reference_X = X + 0.2 * X.roll(1, dims=1)
-    H, drift = X.T @ X / 400, (reference_X - X).T @ X / 400
+    H, drift = X.T @ X / 400, torch.stack([(reference_X - X).T @ X / 400] * 2)
     origin = weight(OUT, WIDTH, seed=19)
     merged = origin + low_rank(0.3, seed=20)
 
