@@ -402,6 +402,27 @@ def test_what_was_merged_onto_the_original_is_proved_from_it(
     assert "the original's" in untouched.text
 
 
+def test_weights_that_training_replaced_are_proved(
+    sound: Path, against: Against, tmp_path: Path
+) -> None:
+    """A norm that was trained as a whole is written as it was trained, rounded once."""
+    state = tmp_path / "state.safetensors"
+    save_file({"model.norm.weight": torch.linspace(0.5, 1.5, 64)}, state)
+    recipe = build(Recipe, {"out": str(tmp_path / "again")}, file=sound / "qmerge_recipe.yaml")
+    run(Recipe(**{**vars(recipe), "adapter": (), "partial_state": state}))
+    alone = Against(base=against.base, adapters=(), original=None)
+    found = verify(tmp_path / "again", against=alone)
+    assert found.failed == ()
+    (merged,) = [check for check in found.checks if check.name == "merged"]
+    assert merged.text.startswith("1 tensors")
+    last = tmp_path / "again" / "model-00005-of-00005.safetensors"
+    tensors = load_file(last)
+    tensors["model.norm.weight"][0] *= 1.01
+    save_file(tensors, last, {"format": "pt"})
+    forge(tmp_path / "again")
+    assert verify(tmp_path / "again", against=alone).failed[:1] == ("merged",)
+
+
 def test_without_the_text_survival_is_skipped_and_the_rest_is_proved(
     release: Path, against: Against, tmp_path: Path
 ) -> None:

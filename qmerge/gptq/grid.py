@@ -6,7 +6,7 @@ weight is kept as a contiguous row, so that a group is W_CO.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,10 @@ class Grid:
     scales_OG: Tensor
     zeros_OG: Tensor
     g_idx_I: Tensor | None = None
+
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some of the rows."""
+        return replace(self, scales_OG=self.scales_OG[rows], zeros_OG=self.zeros_OG[rows])
 
     def groups_of_columns(self, width: int) -> Tensor:
         """The group of each column, int64, the trivial one spelled out."""

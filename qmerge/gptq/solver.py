@@ -18,7 +18,10 @@ from qmerge.gptq.factor import Factor
 from qmerge.gptq.grid import Grid, GridSpec, all_finite, fit, group_width
 
 # Columns rounded one after another before their errors are fed on by a matrix product.
-LEAF = 16
+LEAF = 32
+# Rows are independent of one another; so many at once keep what a pass holds small, and a column's
+# vector long enough to cost more than the call.
+ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,24 @@ def solve(W_OI: Tensor, factor: Factor, spec: GridSpec, *, grid: Grid | None = N
     """
     if not all_finite(W_OI):
         raise InputError("the weight holds values that are not finite")
-    walk = _Walk(W_OI, factor, spec, grid)
-    walk.round(0, factor.width)
-    return walk.solution()
+    parts = []
+    for start in range(0, W_OI.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        walk = _Walk(W_OI[rows], factor, spec, grid.rows(rows) if grid else None)
+        walk.round(0, factor.width)
+        parts.append(walk.solution())
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    return replace(
+        parts[0],
+        codes_OI=torch.cat([part.codes_OI for part in parts]),
+        scales_OG=torch.cat([part.scales_OG for part in parts]),
+        zeros_OG=torch.cat([part.zeros_OG for part in parts]),
+        weight_OI=torch.cat([part.weight_OI for part in parts]),
+        loss_O=torch.cat([part.loss_O for part in parts]),
+    )
 
 
 class _Walk:

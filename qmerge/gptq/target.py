@@ -24,7 +24,6 @@ from torch import Tensor
 from qmerge.gptq.factor import Factor
 from qmerge.gptq.grid import all_finite
 
-
 # Rows, evenly taken, by which it is judged how far the halves agree.
 JUDGES = 256
 

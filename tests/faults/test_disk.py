@@ -66,7 +66,7 @@ def test_failing_at_every_kind_of_change(
     tmp_path: Path,
 ) -> None:
     log = straight[0].log
-    for nth in each_kind(log):
+    for nth in each_kind(log[:-1]):  # behind the last one nothing is left to do
         operation = log[nth - 1]
         job = Job(server=server, words=words, folder=tmp_path / str(nth))
         ended = job.run(nth=nth, what="full" if operation.startswith(GROWS) else "broken")

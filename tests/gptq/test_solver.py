@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmerge.errors import InputError
-from qmerge.gptq import Grid, GridSpec, Order, factor, solve
+from qmerge.gptq import Grid, GridSpec, Order, factor, solve, solver
 from tests.gptq import reference
 from tests.gptq.problems import second_moment, weight
 
@@ -72,7 +72,8 @@ def test_given_grid_equals_naive_float64(order: Order, mixed: bool) -> None:
     )
     wanted = reference.gptq(W, H, group=32, order=order, grid=(base.scales, base.zeros, base.g_idx))
     assert torch.equal(solution.codes_OI.double(), wanted.codes)
-    assert solution.scales_OG is grid.scales_OG
+    assert torch.equal(solution.scales_OG, grid.scales_OG)
+    assert torch.equal(solution.zeros_OG, grid.zeros_OG)
     assert solution.g_idx_I is grid.g_idx_I
     assert solution.loss == pytest.approx(wanted.loss, rel=1e-8)
 
@@ -109,6 +110,20 @@ def test_siblings_stacked_along_out_equal_each_alone() -> None:
         assert torch.equal(stacked.scales_OG, alone.scales_OG)
         assert torch.equal(stacked.weight_OI, alone.weight_OI)
         assert stacked.loss == pytest.approx(alone.loss)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    H, W = second_moment(WIDTH, seed=9), weight(OUT, WIDTH, seed=9)
+    base = reference.gptq(W, H, group=32)
+    grid = Grid(scales_OG=base.scales.half(), zeros_OG=base.zeros.int()) if given else None
+    found, spec = factor(H, order="full", group_size=32), GridSpec(group_size=32)
+    whole = solve(W, found, spec, grid=grid)
+    monkeypatch.setattr(solver, "ROWS", 5)
+    parts = solve(W, found, spec, grid=grid)
+    for name in ("codes_OI", "scales_OG", "zeros_OG", "weight_OI"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    torch.testing.assert_close(parts.loss_O, whole.loss_O)
 
 
 def test_same_input_same_bytes() -> None:
