@@ -49,7 +49,7 @@ class Unit:
     """One step of the walk, and one shard of the release."""
 
     kind: str
-    """`embedding`, `layer` or `head`."""
+    """`embedding`, `vision`, `layer` or `head`."""
     path: str
     """Module path for a layer, else empty."""
     index: int

@@ -113,11 +113,11 @@ def _finished(recipe: Recipe) -> RunResult | None:
 def _walk(walk: Walk, progress: Progress) -> None:
     finished = walk.resume()
     progress.stage("walk", len(walk.units))
-    work = {"embedding": walk.embedding, "layer": walk.layer, "head": walk.head}
+    work = {"embedding": walk.embedding, "layer": walk.layer}
     for unit in walk.units:
         progress.step(unit.label)
         if unit.label not in finished:
-            work[unit.kind](unit)
+            work.get(unit.kind, walk.outer)(unit)
 
 
 def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:

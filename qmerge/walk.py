@@ -70,8 +70,8 @@ class Walk:
         self.timings: dict[str, float] = defaultdict(float)
         self.units = job.skeleton.units()
         self.rounding = model_dtype(job.base.checkpoint.config)
-        self.outer = _outer_weights(job, self.units)
-        self.frames = _frames(job, self.outer)
+        self.weights = _outer_weights(job, self.units)
+        self.frames = _frames(job, self.weights)
         self.streams = Streams(workspace.streams, _streams(job))
         self.calls = move(self._base_frame().calls(self._length()), job.device)
 
@@ -83,7 +83,6 @@ class Walk:
                 break
             self._take_over(finished[unit.label])
         if finished:
-            # The head moves no hidden states: those of the layer before it are the last.
             last = [event for event in finished.values() if event["streams"]][-1]
             self.streams.generation = int(last["generation"])
             self.streams.check(last["streams"])
@@ -136,8 +135,8 @@ class Walk:
         layers = {s: result.layer(unit, s, shards[s], seconds) for s in self.job.strategies}
         self._commit(unit, shards, layers)
 
-    def head(self, unit: Unit) -> None:
-        """The last shard: what stands outside the layers and is not an embedding."""
+    def outer(self, unit: Unit) -> None:
+        """The shard of a unit that moves no hidden states: vision tower, or final norm and head."""
         self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def scores(self) -> tuple[Scored, ...]:
@@ -293,7 +292,7 @@ class Walk:
 
     def _outer_tensors(self, unit: Unit, strategy: str) -> dict[str, torch.Tensor]:
         """Tensors of a unit outside the layers as they are written, by stored name."""
-        weights = self.outer[release_arm(strategy)]
+        weights = self.weights[release_arm(strategy)]
         tensors = {}
         for parameter in unit.parameters:
             changed = weights.changed.get(parameter)
@@ -329,7 +328,7 @@ class Walk:
                 )
                 for strategy, tensors in shards.items()
             }
-            moved = unit.kind != "head"
+            moved = unit.kind in ("embedding", "layer")
             digests = self.streams.commit() if moved else {}
             event = {
                 "generation": self.streams.generation ^ int(moved),

@@ -10,6 +10,7 @@ W: windows, S: tokens of a window, H: hidden width, R: rows, V: vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
 from qmerge.model.layer import Call, Hidden, fill
-from qmerge.model.skeleton import Skeleton, build_skeleton, first_line
+from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
 
 ROWS_AT_ONCE = 8192
 """Rows of an embedding or head that are held as float32 at one time."""
@@ -37,21 +38,22 @@ class Frame:
     """One arm's embedding, final norm and head around absent decoder layers."""
 
     def __init__(self, skeleton: Skeleton, weights: OuterWeights) -> None:
-        own = build_skeleton(skeleton.model.config)
-        self._model: Any = own.model
+        self._model: Any = copy.deepcopy(skeleton.model)
         self._layers = [
-            self._model.get_submodule(own.layer_path(i)) for i in range(own.layer_count)
+            self._model.get_submodule(skeleton.layer_path(i)) for i in range(skeleton.layer_count)
         ]
         self._weights = weights
         self._embedding = self._model.get_input_embeddings()
+        # It would be looked for among the rows at hand, which are never all there are.
+        self._embedding.padding_idx = None
         self._head = self._model.get_output_embeddings()
         aliases = skeleton.tied()
         embedding = _weight_name(self._model, self._embedding)
         self._embedding_name = aliases.get(embedding, embedding)
         head = _weight_name(self._model, self._head)
         self._head_name = aliases.get(head, head)
-        large = {embedding, head, *aliases}
-        inside = f"{own.layers_path}."
+        large = {embedding, head, *aliases, *skeleton.tower()}
+        inside = f"{skeleton.layers_path}."
         small = {
             name: weights.tensor(name)
             for name in skeleton.parameters()
@@ -215,12 +217,6 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
 
     The same class with few layers and a small vocabulary; raises `ModelError` when they differ.
     """
-    import copy
-
-    from transformers import AutoModelForCausalLM
-
-    from qmerge.model.skeleton import text_config
-
     config = copy.deepcopy(skeleton.model.config)
     text = text_config(config)
     kinds = getattr(text, "layer_types", None)
@@ -228,18 +224,18 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
         layers = max(layers, 1 + max(kinds.index(kind) for kind in set(kinds)))
         text.layer_types = kinds[: min(layers, len(kinds))]
     text.num_hidden_layers = min(layers, skeleton.layer_count)
-    if text is config:
-        config.vocab_size = min(config.vocab_size, 512)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            setattr(config, name, None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        ids = torch.randint(0, min(512, text.vocab_size), (2, tokens))
-    small = build_skeleton(config)
-    state = model.state_dict()
-    frame = Frame(small, _StateWeights(state))
+    text.vocab_size = min(text.vocab_size, 512)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    small = build_skeleton(config, model_class=type(skeleton.model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
+    state = _random_state(small, generator)
+    model = copy.deepcopy(small.model)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
     try:
+        frame = Frame(small, _StateWeights(state))
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits
         hidden, _ = frame.enter(ids)
@@ -268,6 +264,17 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
             f"by {difference:.2g}",
             hint="this architecture keeps state between its layers that qmerge does not carry",
         )
+
+
+def _random_state(skeleton: Skeleton, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Values for all that text passes through, loud enough for the logits to differ."""
+    tower = skeleton.tower()
+    state = {}
+    for name, meta in skeleton.parameters().items():
+        if name not in tower:
+            noise = torch.randn(meta.shape, generator=generator)
+            state[name] = noise / meta.shape[-1] ** 0.5 if meta.ndim > 1 else 1 + 0.1 * noise
+    return state
 
 
 class _StateWeights:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qmerge.errors import ModelError
-from qmerge.names import NameMap, Unit, common_unit
+from qmerge.names import NameMap, Unit, common_unit, under
 
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
@@ -63,11 +63,21 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def tower(self) -> frozenset[str]:
+        """Parameters that only other inputs than text pass through: vision tower and projector."""
+        config = self.model.config
+        if text_config(config) is config:
+            return frozenset()
+        language = (self.model.get_decoder(), self.model.get_output_embeddings())
+        paths = [name for name, module in self.model.named_modules() if module in language]
+        return frozenset(n for n in self.parameters() if not any(under(n, p) for p in paths))
+
     def units(self) -> tuple[Unit, ...]:
         """The walk's order: what comes before the layers, each layer, and what comes after."""
         paths = [self.layer_path(index) for index in range(self.layer_count)]
         owned: dict[str | None, list[str]] = {}
         embedding = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        tower = self.tower()
         first: list[str] = []
         for name, tensor in self.parameters().items():
             parameter = (
@@ -81,10 +91,18 @@ class Skeleton:
             Unit(kind="layer", path=path, index=index, parameters=tuple(owned.get(path, ())))
             for index, path in enumerate(paths)
         ]
+        rest = owned.get(None, ())
+        seeing = tuple(name for name in rest if name in tower)
         return (
             Unit(kind="embedding", path="", index=-1, parameters=tuple(first)),
+            *((Unit(kind="vision", path="", index=-1, parameters=seeing),) if seeing else ()),
             *middle,
-            Unit(kind="head", path="", index=-1, parameters=tuple(owned.get(None, ()))),
+            Unit(
+                kind="head",
+                path="",
+                index=-1,
+                parameters=tuple(name for name in rest if name not in tower),
+            ),
         )
 
 
@@ -118,27 +136,31 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
-    """Build the causal language model of `config` on the meta device in float32.
+def build_skeleton(
+    config: Any, *, trust_remote_code: bool = False, model_class: Any = None
+) -> Skeleton:
+    """Build the language model of `config` on the meta device in float32, eyes included.
 
     Computed buffers (rotary frequencies, embedding scales) are real, because some of them are
-    never in a checkpoint.
+    never in a checkpoint. `model_class` spares looking for the class where it is known.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     config.use_cache = False
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            if model_class is not None:
+                model = model_class(config)
+            else:
+                model = _auto_class(config).from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
             # The loop over experts in float32; grouped kernels want bf16 and a device of their own.
             model.set_experts_implementation("eager")
     except Exception as error:
         raise ModelError(
-            f"model type {config.model_type!r} cannot be built as a causal language model: "
+            f"model type {config.model_type!r} cannot be built as a language model: "
             f"{first_line(error)}",
             hint="qmerge walks decoder-only language models that transformers knows",
         ) from error
@@ -148,17 +170,31 @@ def build_skeleton(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
     return Skeleton(model=model, layers_path=_find_layers(model, count), layer_count=count)
 
 
+def _auto_class(config: Any) -> Any:
+    """The family of classes that has the one the checkpoint names: with eyes, or for text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    seeing = known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    blind = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = config.architectures or ()
+    if seeing is not None and (blind is None or seeing in named):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the language model."""
     return config.get_text_config(decoder=True)
 
 
-def _find_layers(model: nn.Module, count: int) -> str:
-    """Path of the module list with `count` entries that holds most parameters."""
+def _find_layers(model: Any, count: int) -> str:
+    """Path of the decoder's module list with `count` entries that holds most parameters."""
+    inside = set(model.get_decoder().modules())
     lists = [
         (sum(p.numel() for p in module.parameters()), name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     ]
     if not lists:
         raise ModelError(
