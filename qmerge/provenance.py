@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -21,39 +22,53 @@ TEMPLATES = "additional_chat_templates"
 
 
 def folder_record(path: Path, **facts: Any) -> InputRecord:
-    """A folder with the digest of each of its files, a tokenizer's further templates among them."""
+    """A folder with the digest of each of its files, a tokenizer's further templates among them,
+    and what the hub calls it where that can be known."""
     entries = sorted((*path.iterdir(), *path.glob(f"{TEMPLATES}/*")))
     files = [entry for entry in entries if entry.is_file() and entry.name[0] != "."]
     return InputRecord(
         path=str(path),
         bytes=sum(entry.stat().st_size for entry in files),
         files={entry.relative_to(path).as_posix(): sha256_file(entry) for entry in files},
+        model=hub_name(path),
         license=license_of(path),
+        details=_own_licence(path),
         **facts,
     )
 
 
-def file_record(path: Path) -> InputRecord:
-    """One file with its digest."""
-    return InputRecord(
-        path=str(path), bytes=path.stat().st_size, files={path.name: sha256_file(path)}
-    )
+def hub_name(folder: Path) -> str | None:
+    """ORG/NAME where the folder lies in the hub's cache: models--ORG--NAME/snapshots/REVISION."""
+    match = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", f"{folder.resolve().as_posix()}/")
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def license_of(folder: Path) -> str | None:
     """What the front matter of a model card calls the licence."""
+    found = front_matter(folder).get("license")
+    return found if isinstance(found, str) else None
+
+
+def _own_licence(folder: Path) -> dict[str, str]:
+    """Name and link that the hub wants of a licence it does not know (`license: other`)."""
+    front = front_matter(folder)
+    keys = ("license_name", "license_link")
+    return {key: front[key] for key in keys if isinstance(front.get(key), str)}
+
+
+def front_matter(folder: Path) -> Mapping[str, Any]:
+    """The YAML at the head of a folder's model card; empty where there is none to read."""
     import yaml
 
     card = folder / CARD
     if not card.is_file():
-        return None
+        return {}
     parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
     try:
         front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except yaml.YAMLError:
-        return None
-    found = front.get("license") if isinstance(front, Mapping) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return front if isinstance(front, Mapping) else {}
 
 
 def corpus_record(corpus: Corpus, seed: int | None = None) -> CorpusRecord:

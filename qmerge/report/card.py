@@ -23,7 +23,7 @@ def render(result: RunResult, *, name: str = "release") -> str:
         f"---\n{yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True)}---",
         f"# {escape(name)}",
         _origin(result),
-        f"**{escape(verdict(result).sentence)}**",
+        f"**{escape(_verdict(result))}**",
         "\n".join(f"- {escape(line)}" for line in findings(result)),
         "## What it costs",
         _arms_legend(result),
@@ -33,7 +33,7 @@ def render(result: RunResult, *, name: str = "release") -> str:
         "## How it was made",
         _made(result),
         "## Make it again",
-        _again(),
+        _again(result, name),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -48,10 +48,13 @@ def front_matter(result: RunResult) -> dict[str, Any]:
     if bases:
         found["base_model"] = bases[0]
         found["base_model_relation"] = "quantized"
-    licenses = [record.license for role, record in records if record.license and role != "adapter"]
-    if licenses:
-        found["license"] = licenses[0]
+    licensed = [record for role, record in records if record.license and role != "adapter"]
+    if licensed:
+        found["license"] = licensed[0].license
+        own = ("license_name", "license_link") if licensed[0].license == "other" else ()
+        found |= {key: licensed[0].details[key] for key in own if key in licensed[0].details}
     found["library_name"] = "transformers"
+    found["pipeline_tag"] = "text-generation"
     found["tags"] = _tags(result)
     sets = [text.source for text in [result.corpora.calibration] if text is not None]
     hub = [match[1] for source in sets if (match := HUB_SOURCE.match(source))]
@@ -103,15 +106,16 @@ def _arms_legend(result: RunResult) -> str:
     return (
         "`trained` is the quantized base with the adapter live on top, as it was trained and"
         " validated: change, KL and agreement are against it. `merged` is the merged model before"
-        " it was quantized, `release` is this folder decoded from its packed codes. Errors are"
-        " standard errors over windows, paired for the change."
+        " it was quantized, `release` is this folder decoded from its packed codes, the noise floor"
+        " `trained` itself in 16 bits. Errors are standard errors over windows, paired for the"
+        " change; KL is in nats per token."
     )
 
 
 def _use(result: RunResult, name: str) -> str:
     compressed = _setting(result, "format") == "compressed-tensors"
     packages = "compressed-tensors" if compressed else "gptqmodel optimum"
-    quoted = re.sub(r"[^\w./-]", "", name)
+    quoted = _quoted(name)
     code = (
         "```python\n"
         f"# pip install transformers accelerate {packages}\n"
@@ -161,10 +165,22 @@ def _hash(files: Any) -> str:
     return str(weights[0])[:16] if weights else ""
 
 
-def _again() -> str:
+def _again(result: RunResult, name: str) -> str:
+    quoted = _quoted(name)
     return (
         "`qmerge_recipe.yaml` in this folder holds every setting, `qmerge_report.json` all figures"
-        " and the hashes of what went in.\n\n"
-        "```sh\npip install qmerge\nqmerge run qmerge_recipe.yaml --out again\n"
-        "qmerge compare . again\n```"
+        " and the hashes of what went in. From the folder that the recipe's paths start from:\n\n"
+        f"```sh\npip install qmerge=={result.qmerge_version}\n"
+        f"qmerge run {quoted}/qmerge_recipe.yaml --out again\n"
+        f"qmerge compare {quoted} again\n```"
     )
+
+
+def _quoted(name: str) -> str:
+    """A name inside a command: what a shell or Python would take for more than that is left out."""
+    return re.sub(r"[^\w./-]", "", name)
+
+
+def _verdict(result: RunResult) -> str:
+    """A card is read by others than those who trained."""
+    return verdict(result).sentence.replace("what you trained", "the model that was trained")

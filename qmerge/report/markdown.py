@@ -49,7 +49,7 @@ def summary(result: RunResult) -> str:
             [row.label, *(str(cell) for cell in row.cells), row.note]
             for row in rows(result, corpus)
         ]
-        blocks.append(f"### {escape(title)}\n\n" + grid(["", *COLUMNS, ""], body))
+        blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *COLUMNS, "note"], body))
     if result.survival is not None:
         blocks.append(f"Adapter: {escape(survival_phrase(result.survival))}.")
     if result.strategy is not None:

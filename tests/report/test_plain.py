@@ -8,6 +8,7 @@ import re
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report import FORMATS, render, render_card, render_comparison
@@ -106,6 +107,8 @@ def test_the_card_has_front_matter_that_the_hub_reads() -> None:
     assert found["base_model_relation"] == "quantized"
     assert found["license"] == "apache-2.0"
     assert found["library_name"] == "transformers"
+    assert found["pipeline_tag"] == "text-generation"
+    assert "license_name" not in found
     assert found["datasets"] == ["org/texts"]
     assert {"qmerge", "gptq", "4-bit"} <= set(found["tags"])
     for expected in (
@@ -113,10 +116,28 @@ def test_the_card_has_front_matter_that_the_hub_reads() -> None:
         'AutoModelForCausalLM.from_pretrained("plays-int4"',
         "vllm serve plays-int4",
         "gptqmodel optimum",
-        "qmerge run qmerge_recipe.yaml",
+        "qmerge run plays-int4/qmerge_recipe.yaml --out again",
+        "as good as the model that was trained",
         "| release |",
     ):
         assert expected in body
+
+
+def test_the_hubs_own_library_reads_the_card() -> None:
+    result = finished()
+    own = {"license_name": "llama3", "license_link": "https://example.org/licence"}
+    base = dataclasses.replace(result.inputs["base"], license="other", details=own)
+    card = ModelCard(render_card(dataclasses.replace(result, inputs={"base": base}), name="x"))
+    data = card.data
+    assert (data.base_model, data.license, data.license_name) == (
+        "org/base-4bit",
+        "other",
+        "llama3",
+    )
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert data.to_dict()["base_model_relation"] == "quantized"
+    assert data.license_link == own["license_link"]
+    assert card.text.lstrip().startswith("# x")
 
 
 def test_the_card_keeps_the_makers_disk_to_itself() -> None:
