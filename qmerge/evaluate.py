@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import nn
 from qmerge import __version__
 from qmerge.adapters import Injection, inject, open_adapter
 from qmerge.corpus import Corpus
-from qmerge.errors import Fault, PlanError
+from qmerge.errors import Fault, InputError, PlanError
 from qmerge.job import Faults, pick_device
 from qmerge.measure import check_limits, limits_of, score_arms
+from qmerge.meter import Meter
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model
@@ -28,7 +29,8 @@ from qmerge.names import Unit
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
 from qmerge.recipe import Contestant, EvaluateRecipe
-from qmerge.results import Corpora, InputRecord, RunResult
+from qmerge.reread import REPORT, read_report
+from qmerge.results import Corpora, InputRecord, RunResult, Survival
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
 from qmerge.texts import (
@@ -38,6 +40,8 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
+
+SHARDS = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +72,35 @@ def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunRes
     Raises `PlanError` with everything that cannot be opened. Memory is one layer of one model and
     a few windows; hidden states are spilled to a temporary folder.
     """
-    progress = progress or Silent()
+    with Meter() as meter:
+        return _evaluate(recipe, progress or Silent(), meter)
+
+
+def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunResult:
     began = time.monotonic()
     progress.stage("open", 1)
     progress.step("reading headers")
-    models, corpora = _open(recipe)
+    with meter.stage("open"):
+        models, corpora = _open(recipe)
+        inputs = _inputs(models)
+        kept = _recorded_survival(recipe, models, inputs)
     device = pick_device(recipe.device)
     with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
         frames, streams = {}, {}
         for number, model in enumerate(models):
             frame = frames[model.name] = Frame(model.skeleton, model.outer())
-            streams[model.name] = _through_layers(
-                model, frame, corpora, Path(folder, str(number)), device, progress
-            )
+            with meter.stage(f"layers of {model.name}"):
+                streams[model.name] = _through_layers(
+                    model, frame, corpora, Path(folder, str(number)), device, progress
+                )
         progress.stage("score", 1)
         progress.step("final norm and head")
 
         def read(arm: str, corpus: str, start: int, stop: int) -> torch.Tensor:
             return streams[arm].read(corpus, start, stop)
 
-        scored = score(frames, read, corpora, recipe.reference, progress.doing)
+        with meter.stage("score"):
+            scored = score(frames, read, corpora, recipe.reference, progress)
     by_corpus = {s.corpus.name: score_arms(s.stats, recipe.reference) for s in scored}
     result = RunResult(
         qmerge_version=__version__,
@@ -97,12 +110,13 @@ def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunRes
         subject=None,
         corpora=Corpora(evaluation={c.name: corpus_record(c) for c in corpora}),
         arms={m.name: {c: found[m.name] for c, found in by_corpus.items()} for m in models},
-        inputs=_inputs(models),
+        inputs=inputs,
         versions=versions(),
-        timings={"total": time.monotonic() - began},
+        timings={**meter.seconds, "total": time.monotonic() - began},
+        memory=meter.memory,
         peak_rss_bytes=peak_rss(),
     )
-    return replace(result, gate=check_limits(result, limits_of(recipe)))
+    return replace(result, gate=check_limits(result, limits_of(recipe), kept))
 
 
 def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
@@ -166,6 +180,7 @@ def _through_layers(
     streams = Streams(
         folder,
         {c.name: Stream(windows=len(c.tokens), length=length, width=width) for c in corpora},
+        resumable=False,
     )
     layers = [unit for unit in model.skeleton.units() if unit.kind == "layer"]
     progress.stage(model.name, len(layers))
@@ -192,3 +207,33 @@ def _inputs(models: Sequence[Model]) -> dict[str, InputRecord]:
             adapter = folder_record(model.asked.adapter, format=model.injection.adapter.kind)
             found[f"{model.name} adapter"] = adapter
     return found
+
+
+def _recorded_survival(
+    recipe: EvaluateRecipe, models: Sequence[Model], inputs: Mapping[str, InputRecord]
+) -> dict[str, Survival | None]:
+    """What the limit of survival is kept on: each release's own record of how it was made."""
+    if recipe.min_survival is None:
+        return {}
+    faults = Faults()
+    found: dict[str, Survival | None] = {}
+    for model in models:
+        if model.name != recipe.reference:
+            with faults.at(model.name):
+                found[model.name] = _survival_of(model, inputs[model.name])
+    if faults.found:
+        raise PlanError(faults.found)
+    return found
+
+
+def _survival_of(model: Model, record: InputRecord) -> Survival:
+    """`InputError` where the folder's report is missing, has none, or is of other weights."""
+    hint = "give releases that `qmerge run` made, or leave out --min-survival"
+    report = read_report(model.asked.folder)
+    made = report.release.files if report.release is not None else {}
+    weights = {name: digest for name, digest in record.files.items() if name.endswith(SHARDS)}
+    if any(made.get(name) != digest for name, digest in weights.items()):
+        raise InputError(f"{model.asked.folder}: {REPORT} is of other weights", hint=hint)
+    if report.survival is None or report.survival.survival is None or model.injection is not None:
+        raise InputError(f"{model.asked.folder}: {REPORT} has no survival for it", hint=hint)
+    return report.survival

@@ -57,6 +57,12 @@ class Job:
     notes: tuple[str, ...]
 
     @property
+    def in_domain(self) -> Corpus:
+        """The text that decides where one must."""
+        found = (corpus for corpus in self.evaluation if corpus.role == "in_domain")
+        return next(found, self.evaluation[0])
+
+    @property
     def touched(self) -> frozenset[str]:
         """Parameters that the adapter may change."""
         return self.change.touched if self.change is not None else frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from qmerge.measure import (
     score_arms,
     worst_windows,
 )
-from qmerge.names import WEIGHT
+from qmerge.measure.remedy import pooled, survival_warning
+from qmerge.meter import Meter
+from qmerge.names import WEIGHT, module_of
 from qmerge.options import options
 from qmerge.plan import make_plan
 from qmerge.progress import Progress, Silent
@@ -51,6 +54,7 @@ from qmerge.results import (
     Estimate,
     InputRecord,
     LayerResult,
+    Remedy,
     RunResult,
     StrategyResult,
     encode,
@@ -77,26 +81,34 @@ def run(recipe: Recipe, progress: Progress | None = None) -> RunResult:
     Raises `PlanError` with every fault before anything is written. Whatever ends a run early,
     nothing appears at `out`, and the same recipe goes on from the last finished unit.
     """
-    progress = progress or Silent()
+    with Meter() as meter:
+        return _run(recipe, progress or Silent(), meter)
+
+
+def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
     began = time.monotonic()
     finished = None if recipe.restart else _finished(recipe)
     if finished is not None:
         return finished
     progress.stage("plan", 1)
     progress.step("reading headers")
-    job = make_plan(recipe).ready()
-    inputs = _hash_inputs(job, progress)
+    with meter.stage("plan"):
+        job = make_plan(recipe).ready()
+    with meter.stage("digest"):
+        inputs = _hash_inputs(job, progress)
     with Workspace.open(recipe.out, _fingerprint(job, inputs), restart=recipe.restart) as workspace:
         _check_disk(job, workspace)
         for note in job.notes:
             progress.warn(note)
         if "substitute" in job.strategies and not workspace.finished():
             _check_original(job, progress)
-        walk = Walk(job, workspace, progress)
+        walk = Walk(job, workspace, progress, meter)
         _walk(walk, progress)
         progress.stage("score", len(job.evaluation))
         progress.step("final norm and head")
-        result = _result(walk, walk.scores(), walk.noise(), inputs, time.monotonic() - began)
+        scored, noise = walk.scores(), walk.noise()
+        seconds = time.monotonic() - began + walk.seconds_before
+        result = _result(walk, scored, noise, inputs, seconds)
         assert result.strategy is not None
         progress.stage("publish", 1)
         progress.step(str(recipe.out))
@@ -138,8 +150,12 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
         progress.step(f"{role} {folder}")
         records[role] = folder_record(folder)
     records["base"] = replace(records["base"], format=job.base.format.name)
+    if job.original is not None:
+        records["original"] = replace(records["original"], format=job.original.format.name)
     for role, adapter in zip((r for r in records if "adapter" in r), job.adapters, strict=True):
-        records["base"] = replace(records["base"], model=adapter.base_name)
+        if adapter.base_name and not Path(adapter.base_name).exists():
+            known = records["base"].model or adapter.base_name
+            records["base"] = replace(records["base"], model=known)
         records[role] = replace(records[role], format=adapter.kind, details={"rank": adapter.rank})
     if recipe.partial_state is not None:
         records["partial state"] = file_record(recipe.partial_state)
@@ -196,6 +212,9 @@ def _result(
     names = _arm_names(job, strategy.chosen)
     arms = _named_arms(by_corpus, names)
     layers = tuple(_named_drift(layer, names) for layer in walk.layers[strategy.chosen])
+    kept = {_on_disk(job, x.name): x.survival for layer in layers for x in layer.linears}
+    remedies = pooled(_remedies(job, layers))
+    weak = survival_warning(kept, remedies)
     result = RunResult(
         qmerge_version=__version__,
         recipe=plain_recipe(job.recipe),
@@ -212,13 +231,15 @@ def _result(
             found.corpus.name: score_arms(found.stats, REFERENCE)[NOISE] for found in noise
         },
         change_from_previous=_from_previous(arms),
-        survival=pool_survival([linear.survival for layer in layers for linear in layer.linears]),
+        survival=pool_survival(kept.values()),
+        remedies=remedies,
         layers=layers,
         worst=_worst(job, scored, strategy.chosen),
         inputs=inputs,
         versions=versions(),
-        warnings=(*job.notes, *_overlaps(job), *_fallbacks(layers)),
-        timings={**walk.timings, "total": seconds},
+        warnings=(*job.notes, *_overlaps(job), *_fallbacks(layers), *([weak] if weak else [])),
+        timings={**walk.meter.seconds, "total": seconds},
+        memory=walk.meter.memory,
         peak_rss_bytes=peak_rss(),
     )
     return replace(result, gate=check_limits(result, limits_of(job.recipe)))
@@ -235,7 +256,7 @@ def _choose(
     layers: Mapping[str, Sequence[LayerResult]],
 ) -> StrategyResult:
     """The one strategy there is, or of two the release nearer to `trained` on in-domain text."""
-    name = next((c.name for c in job.evaluation if c.role == "in_domain"), job.evaluation[0].name)
+    name = job.in_domain.name
     scores = {s: by_corpus[name][release_arm(s)] for s in job.strategies}
     candidates = tuple(_candidate(s, score, layers[s]) for s, score in scores.items())
     if len(job.strategies) == 1:
@@ -317,6 +338,17 @@ def _overlaps(job: Job) -> Iterator[str]:
                 f"calibration and evaluation text {corpus.name} overlap: "
                 "the release has been fitted to text that it is scored on"
             )
+
+
+def _remedies(job: Job, layers: Sequence[LayerResult]) -> Iterator[Remedy]:
+    """What was tried layer by layer, under the names that an override is given."""
+    for layer in layers:
+        for found in layer.remedies:
+            yield replace(found, where=tuple(_on_disk(job, name) for name in found.where))
+
+
+def _on_disk(job: Job, name: str) -> str:
+    return module_of(job.base.names.stored[name + WEIGHT])
 
 
 def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:

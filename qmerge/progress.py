@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -17,6 +18,9 @@ class Progress(Protocol):
     def doing(self, what: str) -> None:
         """What the current step is at: an arm, a linear. May be called often."""
 
+    def figures(self, found: Mapping[str, float]) -> None:
+        """What the job has measured so far ("perplexity", "KL"); shown until there are others."""
+
     def warn(self, message: str) -> None:
         """Something the user should read now, whatever the report says later."""
 
@@ -29,5 +33,7 @@ class Silent:
     def step(self, item: str) -> None: ...
 
     def doing(self, what: str) -> None: ...
+
+    def figures(self, found: Mapping[str, float]) -> None: ...
 
     def warn(self, message: str) -> None: ...

@@ -63,9 +63,10 @@ class EvalText:
     role: EvalRole
 
 
-def _survival_limit() -> Any:
+def _survival_limit(
+    help: str = "Lowest survival of the adapter over the whole model.",
+) -> Any:
     """Of the jobs that know how much of an adapter was left."""
-    help = "Lowest survival of the adapter over the whole model."
     return option(None, SHARE, "Gate", help, unset="no limit")
 
 
@@ -369,6 +370,9 @@ class EvaluateRecipe(Scoring):
         "Name of the checkpoint that the others are compared to.",
         unset="none, and no KL",
     )
+    min_survival: float | None = _survival_limit(
+        "Lowest survival of the adapter, as each release's own report has it."
+    )
 
     def contestants(self) -> tuple[Contestant, ...]:
         """The checkpoints in the order given; names may collide."""
@@ -383,8 +387,8 @@ class EvaluateRecipe(Scoring):
         return found + self._limits_without_a_reference()
 
     def _limits_without_a_reference(self) -> tuple[Fault, ...]:
-        """A limit is about a checkpoint against another one."""
-        gate = [each for each in options(type(self)) if each.section == "Gate"]
+        """A limit is about a checkpoint against another one; survival is of one alone."""
+        gate = [each for each in options(Scoring) if each.section == "Gate"]
         if self.reference is None:
             message, hint = "a limit is kept against a reference", "name one with --reference"
         elif len(self.models) < 2:

@@ -141,7 +141,8 @@ class Survival:
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """A setting that was tried where too little survived, and what it would bring."""
+    """A setting that was tried where too little survived, and what it would bring: the lowest
+    survival of the linears `where`, for `extra_bytes` more in all."""
 
     option: str
     where: tuple[str, ...] = ()
@@ -171,8 +172,9 @@ class LinearResult:
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
     """One unit of the walk. `drift` is, per arm, the relative root mean square distance of the
-    hidden states behind this unit from the reference's; `kl`, where measured, the divergence that
-    this unit alone brings."""
+    hidden states behind this unit from the reference's; `kl` the divergence of the release from the
+    reference if the model ended here, on some of the in-domain tokens; `remedies` what would have
+    kept more of the adapter."""
 
     name: str
     kind: str = "layer"
@@ -180,6 +182,7 @@ class LayerResult:
     bytes: int = 0
     linears: tuple[LinearResult, ...] = ()
     survival: Survival | None = None
+    remedies: tuple[Remedy, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
     kl: float | None = None
 

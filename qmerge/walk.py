@@ -8,9 +8,9 @@ written and let go.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,15 +20,16 @@ from torch import nn
 from qmerge.formats.writing import pack
 from qmerge.job import Job, arm_names
 from qmerge.measure.survival import pool_survival
+from qmerge.meter import Meter
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import WEIGHT, Unit, join, module_of
-from qmerge.progress import Progress
-from qmerge.results import LayerResult, LinearResult, decode, encode
-from qmerge.stages.evaluate import Scored, advance, key_of, score
+from qmerge.progress import Progress, Silent
+from qmerge.results import LayerResult, LinearResult, Remedy, decode, encode
+from qmerge.stages.evaluate import Scored, advance, key_of, lens, score
 from qmerge.stages.merge import live_layer, merge_layer, outer_weights
 from qmerge.stages.requantize import Calibration, Requantizer, Weight
 from qmerge.storage.shards import ShardRecord, write_shard
@@ -61,13 +62,16 @@ def reference_key(strategy: str) -> str:
 class Walk:
     """One pass over the units of a job, continued from what the workspace has."""
 
-    def __init__(self, job: Job, workspace: Workspace, progress: Progress) -> None:
+    def __init__(self, job: Job, workspace: Workspace, progress: Progress, meter: Meter) -> None:
         self.job = job
         self.workspace = workspace
         self.progress = progress
         self.layers: dict[str, list[LayerResult]] = {name: [] for name in job.strategies}
         self.records: dict[str, list[ShardRecord]] = {name: [] for name in job.strategies}
-        self.timings: dict[str, float] = defaultdict(float)
+        self.meter = meter
+        self.seconds_before = 0.0
+        """What the units took that another process finished."""
+        self._told: Counter[str] = Counter(meter.seconds)
         self.units = job.skeleton.units()
         self.rounding = model_dtype(job.base.checkpoint.config)
         self.weights = _outer_weights(job, self.units)
@@ -131,8 +135,10 @@ class Walk:
             shards[strategy] = self._requantize(
                 unit, strategy, merged[strategy], origins[strategy], result
             )
+        self._look(result)
         seconds = time.monotonic() - began
         layers = {s: result.layer(unit, s, shards[s], seconds) for s in self.job.strategies}
+        self.progress.figures(_figures(layers))
         self._commit(unit, shards, layers)
 
     def outer(self, unit: Unit) -> None:
@@ -142,9 +148,7 @@ class Walk:
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
         with self._timed("score"):
-            return score(
-                self.frames, self._last, self.job.evaluation, REFERENCE, self.progress.doing
-            )
+            return score(self.frames, self._last, self.job.evaluation, REFERENCE, self.progress)
 
     def noise(self) -> tuple[Scored, ...]:
         """The first windows of each corpus, scored in full precision and in 16 bits."""
@@ -153,7 +157,7 @@ class Walk:
         ]
         frames = dict.fromkeys((REFERENCE, NOISE), self.frames[REFERENCE])
         with self._timed("score"):
-            return score(frames, self._last, few, REFERENCE, self.progress.doing)
+            return score(frames, self._last, few, REFERENCE, Silent())
 
     # One layer
 
@@ -210,6 +214,15 @@ class Walk:
                 result.drift[arm][0] += distance
                 result.drift[arm][1] += norm
 
+    def _look(self, result: _LayerNotes) -> None:
+        """How far each release has gone from the reference at this depth."""
+        self.progress.doing("KL at this depth")
+        arms = [REFERENCE, *map(release_arm, self.job.strategies)]
+        frames = {arm: self.frames[arm] for arm in arms}
+        corpus = self.job.in_domain.name
+        with self._timed("evaluate"):
+            result.kl = lens(frames, self.streams, corpus, REFERENCE)
+
     def _requantize(
         self, unit: Unit, strategy: str, merged: Tensors, origin: Tensors, result: _LayerNotes
     ) -> dict[str, torch.Tensor]:
@@ -248,6 +261,10 @@ class Walk:
             for name in self.job.targets_of(unit)
         ]
         stored = self.job.base.names.stored
+        result.remedies[strategy] = [
+            replace(found, where=tuple(join(unit.path, name) for name in found.where))
+            for found in work.remedies
+        ]
         tensors = {stored[join(unit.path, name)]: tensor for name, tensor in written.items()}
         for name, weight in work.packed.items():
             module = module_of(stored[join(unit.path, name) + WEIGHT])
@@ -335,13 +352,22 @@ class Walk:
                 "streams": digests,
                 "shards": encode(records),
                 "layers": encode(layers),
+                "spent": self._spent(),
             }
             self.workspace.finish(unit.label, event)
             if moved:
                 self.streams.turn()
         self._keep(records, layers)
 
+    def _spent(self) -> dict[str, Any]:
+        """What the meter has counted since the last unit."""
+        now = Counter(self.meter.seconds)
+        since, self._told = now - self._told, now
+        return {"seconds": dict(since), "memory": dict(self.meter.memory)}
+
     def _take_over(self, event: Mapping[str, Any]) -> None:
+        self.meter.add(**event["spent"])
+        self.seconds_before += sum(event["spent"]["seconds"].values())
         records = {}
         for strategy, data in event["shards"].items():
             pairs = tuple((name, nbytes) for name, nbytes in data["tensors"])
@@ -362,13 +388,23 @@ class Walk:
     def _shard_name(self, unit: Unit) -> str:
         return f"model-{self.units.index(unit) + 1:05}-of-{len(self.units):05}.safetensors"
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.timings[what] += time.monotonic() - began
+    def _timed(self, what: str) -> AbstractContextManager[None]:
+        return self.meter.stage(what)
+
+
+def _figures(layers: Mapping[str, LayerResult]) -> dict[str, float]:
+    """What a layer came to, for those who watch."""
+    found = {}
+    for strategy, layer in layers.items():
+        of = f" by {strategy}" if len(layers) > 1 else ""
+        errors = [linear.error for linear in layer.linears if linear.error is not None]
+        if errors:
+            found[f"error{of}"] = sum(errors) / len(errors)
+        if layer.survival is not None and layer.survival.survival is not None:
+            found[f"survival{of}"] = layer.survival.survival
+        if layer.kl is not None:
+            found[f"KL{of}"] = layer.kl
+    return found
 
 
 class _LayerNotes:
@@ -377,6 +413,8 @@ class _LayerNotes:
     def __init__(self) -> None:
         self.drift: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         self.linears: dict[str, list[LinearResult]] = {}
+        self.remedies: dict[str, list[Remedy]] = {}
+        self.kl: dict[str, float] = {}
 
     def layer(self, unit: Unit, strategy: str, tensors: Tensors, seconds: float) -> LayerResult:
         """The record of one strategy; `drift` has the arms of all of them."""
@@ -387,11 +425,13 @@ class _LayerNotes:
             bytes=sum(tensor.nbytes for tensor in tensors.values()),
             linears=linears,
             survival=pool_survival([linear.survival for linear in linears]),
+            remedies=tuple(self.remedies[strategy]),
             drift={
                 arm: (distance / norm) ** 0.5
                 for arm, (distance, norm) in self.drift.items()
                 if norm > 0 and arm != REFERENCE
             },
+            kl=self.kl.get(release_arm(strategy)),
         )
 
 

@@ -175,6 +175,7 @@ def _layer(number: int, damage: float, odd: bool) -> LayerResult:
         linears=tuple(linears),
         survival=pool_survival(linear.survival for linear in linears),
         drift={"release": 0.002 * (number + 1), "original": 0.004 * (number + 1)},
+        kl=0.001 * (number + 1) ** 2,
     )
 
 

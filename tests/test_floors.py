@@ -29,7 +29,7 @@ class Floor:
 FLOORS = (
     Floor(
         name="words",
-        modules=("errors", "names", "options", "recipe", "results", "progress"),
+        modules=("errors", "names", "options", "recipe", "results", "progress", "meter"),
         ladder=True,
     ),
     Floor(name="bytes", modules=("storage",)),
@@ -47,8 +47,8 @@ FLOORS = (
             "walk",
             "pipeline",
             "inspect",
-            "evaluate",
             "reread",
+            "evaluate",
             "compare",
             "export",
             "demo",
@@ -92,7 +92,7 @@ FILES = {
     "gptq": ("grid", "factor", "hessian", "target", "solver", "refine", "update"),
     "measure": ("tokens", "statistics", "pairing", "survival", "remedy", "worst", "gate"),
     "model": ("skeleton", "layer", "residual", "frame", "weights", "opening", "streams"),
-    "stages": ("substitute", "evaluate", "merge", "requantize"),
+    "stages": ("substitute", "evaluate", "merge", "remedies", "requantize"),
     "report": (
         "words",
         "text",

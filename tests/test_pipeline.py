@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge.errors import ModelError
+from qmerge.errors import ModelError, PlanError
+from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
 from qmerge.pipeline import run
-from qmerge.recipe import Recipe
+from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
 
@@ -109,6 +110,40 @@ def decoded_model(folder: Path) -> Any:
     return model
 
 
+def test_kl_by_depth_equals_final_norm_and_head_on_hidden_states(
+    nf4_run: tuple[Recipe, RunResult], tiny_adapter: Path, eval_text: Path
+) -> None:
+    from peft import PeftModel
+
+    recipe, result = nf4_run
+    tokens = windows(recipe.out, eval_text)[:16]
+    base = decoded_model(recipe.base)
+    trained = PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload().eval()
+    ended = [logits_by_depth(model, tokens) for model in (trained, decoded_model(recipe.out))]
+    for layer, reference, release in zip(result.layers, *ended, strict=True):
+        expected = torch.nn.functional.kl_div(
+            release, reference, reduction="batchmean", log_target=True
+        )
+        assert layer.kl == pytest.approx(expected.item(), rel=1e-3)
+    assert result.layers[-1].kl < 3 * result.arms["release"]["held_out"].kl.mean
+
+
+def logits_by_depth(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Log-probabilities behind each layer, of every fourth token."""
+    hidden: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: hidden.append(out))
+        for layer in model.model.layers
+    ]
+    with torch.inference_mode():
+        model(input_ids=tokens)
+        rows = [model.model.norm(h[:, 2::4]).flatten(0, 1) for h in hidden]
+        found = [model.lm_head(row).double().log_softmax(-1) for row in rows]
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def test_auto_publishes_the_nearer_release(nf4_run: tuple[Recipe, RunResult]) -> None:
     _, result = nf4_run
     assert {c.strategy for c in result.strategy.candidates} == {"dequantize", "substitute"}
@@ -136,6 +171,12 @@ def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:
     assert score["tokens"] == WINDOWS * (LENGTH - 1)
     assert {"ratio", "ratio_stderr", "difference", "ci95"} <= report["change"]["held_out"].keys()
     assert len(report["layers"]) == 3
+    stages = {"plan", "digest", "dequantize", "merge", "evaluate", "requantize", "write", "score"}
+    assert stages <= report["timings"].keys()
+    assert set(report["memory"]) == report["timings"].keys() - {"total"}
+    assert all(1 << 24 < peak <= report["peak_rss_bytes"] for peak in report["memory"].values())
+    measured = sum(seconds for name, seconds in report["timings"].items() if name != "total")
+    assert measured <= report["timings"]["total"]
     assert {"calibration", "evaluation"} <= report["corpora"].keys()
 
 
@@ -243,7 +284,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             run(stopped)
     assert not stopped.out.exists()
     assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
-    run(stopped)
+    resumed = run(stopped)
+    before = [layer.seconds for layer in resumed.layers]
+    assert resumed.timings["total"] > sum(before)
+    assert resumed.timings["requantize"] > 0.5 * sum(before) / len(before)
     timed_or_named = ("qmerge_report.json", "report.html", "README.md", "qmerge_recipe.yaml")
     for path in straight.out.iterdir():
         if path.name not in timed_or_named:
@@ -278,6 +322,35 @@ def test_previous_release_is_an_arm_and_the_gate_speaks(
     floor = result.noise_floor["held_out"].kl
     assert floor is not None
     assert 0 < floor.mean < result.arms["release"]["held_out"].kl.mean
+
+
+def test_a_release_is_held_to_the_survival_that_its_report_has(
+    nf4_run: tuple[Recipe, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    recipe, result = nf4_run
+    assert result.survival is not None
+    asked = EvaluateRecipe(
+        models=(f"new={recipe.out}",),
+        eval=(str(eval_text),),
+        eval_windows=2,
+        sequence_length=LENGTH,
+        min_survival=0.9,
+    )
+    evaluated = evaluate(asked)
+    (verdict,) = evaluated.gate
+    assert (verdict.value, verdict.passed) == (result.survival.survival, True)
+    assert {"open", "layers of new", "score"} == set(evaluated.memory)
+    assert not evaluate(replace(asked, min_survival=1.5)).gate[0].passed
+    with pytest.raises(PlanError, match="holds no qmerge_report"):
+        evaluate(replace(asked, models=(str(recipe.base),)))
+    other = tmp_path / "other"
+    shutil.copytree(recipe.out, other)
+    shard = next(iter(other.glob("*.safetensors")))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(PlanError, match="is of other weights"):
+        evaluate(replace(asked, models=(str(other),)))
 
 
 def test_several_adapters_one_on_the_other_and_only_where_asked(

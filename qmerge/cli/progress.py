@@ -6,11 +6,10 @@ Both write to stderr: stdout is for data.
 from __future__ import annotations
 
 import json
-import os
-import resource
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from io import RawIOBase
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmerge.errors import StorageError
+from qmerge.meter import resident
 from qmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 QUIET = 5.0  # seconds between two plain lines about one step
+BRIEF = 1.0  # and between two about steps
 
 
 @contextmanager
@@ -73,8 +74,47 @@ def chatter_to_stderr() -> Iterator[None]:
         yield
 
 
+class Place:
+    """Where a job is: the stage, its step, how long steps take, and the figures it has."""
+
+    def __init__(self, name: str, total: int, now: float) -> None:
+        self.name, self.total, self.begun, self.item = name, total, 0, ""
+        self.figures: dict[str, float] = {}
+        self.started = self.step_started = now
+        self._taken: list[float] = []
+
+    def step(self, item: str, now: float) -> None:
+        """The embedding and the head say nothing of how long a layer takes."""
+        if _kind(item) != _kind(self.item):
+            self._taken.clear()
+        elif self.begun:
+            self._taken.append(now - self.step_started)
+        self.begun, self.item, self.step_started = self.begun + 1, item, now
+
+    def doing(self, what: str) -> str:
+        return f"{self.item}: {what}" if self.item else what
+
+    def left(self, now: float) -> str:
+        """Steps to come take as long as their like did; this one is partly done."""
+        if not self._taken:
+            return ""
+        each = sum(self._taken) / len(self._taken)
+        here = max(0.0, each - (now - self.step_started))
+        return f"{duration(each * (self.total - self.begun) + here)} left"
+
+    def told(self) -> list[str]:
+        """The figures for people, three digits each."""
+        return [f"{name} {value:.3g}" for name, value in self.figures.items()]
+
+
+def _kind(item: str) -> str:
+    """ "layer 3" is a layer."""
+    name, _, number = item.partition(" ")
+    return name if number.isdigit() else ""
+
+
 class PlainProgress:
-    """A line at each step, and now and then one about a step that takes long."""
+    """A line at each step that takes a while, and now and then one about a step that takes long."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
@@ -82,58 +122,61 @@ class PlainProgress:
         self.stage("", 0)
 
     def stage(self, name: str, total: int) -> None:
-        self.name, self.total, self.begun = name, total, 0
-        self.item = ""
-        self.started = self.step_started = self.printed = self.clock()
+        self.printed = self.clock()
+        self.place = Place(name, total, self.printed)
 
     def step(self, item: str) -> None:
-        self.begun += 1
-        self.item = item
-        self.step_started = self.clock()
-        self._line(item)
+        now = self.clock()
+        self.place.step(item, now)
+        if self.place.begun == 1 or now - self.printed >= BRIEF:
+            self._line(item)
 
     def doing(self, what: str) -> None:
         if self.clock() - self.printed >= QUIET:
-            self._line(f"{self.item}: {what}" if self.item else what)
+            self._line(self.place.doing(what))
+
+    def figures(self, found: Mapping[str, float]) -> None:
+        self.place.figures = dict(found)
 
     def warn(self, message: str) -> None:
         print(f"warning: {message}", file=self.stream, flush=True)
 
     def _line(self, text: str) -> None:
-        self.printed = self.clock()
-        parts = [f"{self.name} {self.begun}/{self.total}", text]
-        parts.append(duration(self.printed - self.started))
-        if self.begun > 1:
-            parts.append(f"{duration(self._left())} left")
-        print(" · ".join([*parts, memory()]), file=self.stream, flush=True)
-
-    def _left(self) -> float:
-        """The steps to come take as long as those done did; this one is partly done."""
-        each = (self.step_started - self.started) / (self.begun - 1)
-        ahead = each * (self.total - self.begun)
-        return ahead + max(0.0, each - (self.printed - self.step_started))
+        place, self.printed = self.place, self.clock()
+        parts = [
+            f"{place.name} {place.begun}/{place.total}",
+            text,
+            *place.told(),
+            duration(self.printed - place.started),
+            place.left(self.printed),
+            memory(),
+        ]
+        print(" · ".join(filter(None, parts)), file=self.stream, flush=True)
 
 
 class RichProgress:
     """One bar per stage. Text from checkpoints is shown as it is, never as markup."""
 
-    def __init__(self, bars: RichBars) -> None:
+    def __init__(self, bars: RichBars, clock: Callable[[], float] = time.monotonic) -> None:
         self.bars = bars
+        self.clock = clock
         self.task: TaskID | None = None
-        self.begun, self.item = 0, ""
+        self.place = Place("", 0, clock())
 
     def stage(self, name: str, total: int) -> None:
         self.finish()
-        self.begun, self.item = 0, ""
-        self.task = self.bars.add_task(name, total=total, text="", memory=memory())
+        self.place = Place(name, total, self.clock())
+        self.task = self.bars.add_task(name, total=total, text="", left="", memory=memory())
 
     def step(self, item: str) -> None:
-        self.begun += 1
-        self.item = item
+        self.place.step(item, self.clock())
         self._update(item)
 
     def doing(self, what: str) -> None:
-        self._update(f"{self.item}: {what}" if self.item else what)
+        self._update(self.place.doing(what))
+
+    def figures(self, found: Mapping[str, float]) -> None:
+        self.place.figures = dict(found)
 
     def warn(self, message: str) -> None:
         from rich.text import Text
@@ -141,15 +184,21 @@ class RichProgress:
         self.bars.console.print(Text(f"warning: {message}"), soft_wrap=True)
 
     def finish(self) -> None:
-        """The current stage is done."""
+        """The current stage is done; the figures that it ended with stay."""
         if self.task is not None:
             total = self.bars.tasks[self.task].total
-            self.bars.update(self.task, completed=total, text="", memory=memory())
+            text = " · ".join(self.place.told())
+            self.bars.update(self.task, completed=total, text=text, left="", memory=memory())
 
     def _update(self, text: str) -> None:
         if self.task is not None:
-            done = max(self.begun - 1, 0)
-            self.bars.update(self.task, completed=done, text=text, memory=memory())
+            self.bars.update(
+                self.task,
+                completed=max(self.place.begun - 1, 0),
+                text=" · ".join([text, *self.place.told()]),
+                left=self.place.left(self.clock()),
+                memory=memory(),
+            )
 
 
 class LoggedProgress:
@@ -180,6 +229,11 @@ class LoggedProgress:
     def doing(self, what: str) -> None:
         self.event("doing", **self.place, doing=what)
         self.shown.doing(what)
+
+    def figures(self, found: Mapping[str, float]) -> None:
+        known = {name: value for name, value in found.items() if math.isfinite(value)}
+        self.event("figures", **self.place, figures=known)
+        self.shown.figures(found)
 
     def warn(self, message: str) -> None:
         self.event("warn", message=message)
@@ -212,7 +266,6 @@ def rich_bars(stream: TextIO) -> RichBars:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     return Progress(
@@ -220,7 +273,7 @@ def rich_bars(stream: TextIO) -> RichBars:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[memory]}", markup=False),
         TextColumn("{task.fields[text]}", markup=False),
         console=Console(file=stream),
@@ -237,13 +290,3 @@ def duration(seconds: float) -> str:
 def memory() -> str:
     """Resident memory, for people."""
     return f"{resident() / (1 << 20):.0f} MiB"
-
-
-def resident() -> int:
-    """Resident bytes of this process now, or at its peak where the system tells only that."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -59,8 +59,10 @@ def quantization_config(
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
-    """Bytes of a packed linear [O, I]: codes, steps, zero points and group indices."""
+    """Bytes of a packed linear [O, I] in GPTQ's layout: codes and zero points in whole 32-bit
+    words, 16-bit steps, group indices."""
     out_features, in_features = shape
     groups = 1 if group_size == -1 else -(-in_features // group_size)
-    codes = out_features * in_features * bits // 8
-    return codes + groups * out_features * 2 + groups * out_features * bits // 8 + 4 * in_features
+    codes = 4 * -(-in_features * bits // 32) * out_features
+    zeros = 4 * -(-out_features * bits // 32) * groups
+    return codes + zeros + 2 * out_features * groups + 4 * in_features

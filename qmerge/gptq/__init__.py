@@ -7,7 +7,7 @@ from qmerge.gptq.grid import Grid, GridSpec
 from qmerge.gptq.hessian import Hessian
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import Drift, aim
-from qmerge.gptq.update import GridChoice, Update, solve_update
+from qmerge.gptq.update import GridChoice, Update, expressible, solve_update
 
 __all__ = [
     "Drift",
@@ -20,6 +20,7 @@ __all__ = [
     "Solution",
     "Update",
     "aim",
+    "expressible",
     "factor",
     "solve",
     "solve_update",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qmerge.recipe import Scoring
-from qmerge.results import ArmScore, GateVerdict, RunResult
+from qmerge.results import ArmScore, GateVerdict, RunResult, Survival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +79,20 @@ def limits_of(asked: Scoring) -> Limits:
     )
 
 
-def check_limits(result: RunResult, limits: Limits) -> tuple[GateVerdict, ...]:
+def check_limits(
+    result: RunResult, limits: Limits, kept: Mapping[str, Survival | None] | None = None
+) -> tuple[GateVerdict, ...]:
     """One verdict per limit and corpus for the subject, or for every arm but the reference where
-    there is none; survival once.
+    there is none; survival once, or for each model that has it in `kept`.
 
     Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
     """
     verdicts = [v for of, scores in _checked(result) for v in _on_corpora(of, scores, limits)]
     if limits.min_survival is not None:
-        kept = result.survival.survival if result.survival else None
-        verdicts.append(ON_MODEL.verdict(kept, limits.min_survival, "", None))
+        models = {f" of {name}": found for name, found in (kept or {}).items()}
+        for of, found in (models or {"": result.survival}).items():
+            value = found.survival if found else None
+            verdicts.append(ON_MODEL.verdict(value, limits.min_survival, of, None))
     return tuple(verdicts)
 
 

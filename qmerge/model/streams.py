@@ -39,9 +39,18 @@ class Stream:
 class Streams:
     """Float32 hidden states by key ("trained.shakespeare"), two files each."""
 
-    def __init__(self, folder: Path, streams: Mapping[str, Stream], *, generation: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        streams: Mapping[str, Stream],
+        *,
+        generation: int = 0,
+        resumable: bool = True,
+    ) -> None:
+        """What is not `resumable` is written without digests, and cannot be committed."""
         self.folder = folder
         self.generation = generation
+        self._resumable = resumable
         self._streams = dict(streams)
         # Numbers, because the name of a corpus need not be one of a file.
         self._numbers = {key: number for number, key in enumerate(self._streams)}
@@ -85,11 +94,13 @@ class Streams:
         data = _bytes_of(hidden_WSH.float().contiguous().cpu())
         with translated(path), path.open("wb" if begin else "ab") as file:
             file.write(data)
-        self._digests.setdefault(key, hashlib.sha256()).update(data)
+        if self._resumable:
+            self._digests.setdefault(key, hashlib.sha256()).update(data)
         self._written[key] = self._written.get(key, 0) + len(data)
 
     def commit(self) -> dict[str, str]:
         """Force the new generation to disk; its digests by key. Call `turn` once journalled."""
+        assert self._resumable, "nothing to go on from"
         for key, stream in self._streams.items():
             assert self._written.get(key) == stream.nbytes, key
             path = self._path(key, self.generation ^ 1)

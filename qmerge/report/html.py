@@ -159,7 +159,7 @@ def _pictures(result: RunResult) -> list[Picture]:
         found.append(_histogram(result))
     if any(s.kl_by_confidence for s in result.arms.get(result.subject or "", {}).values()):
         found.append(_confidence(result))
-    if any(layer.drift or layer.kl is not None for layer in result.layers):
+    if any(layer.kl is not None for layer in result.layers):
         # A plot that would stand alone in its line takes the whole of it.
         found.append(_depth(result, wide=len(found) % 2 == 0))
     return found + _maps(result)
@@ -201,17 +201,14 @@ def _confidence(result: RunResult) -> Picture:
 
 
 def _depth(result: RunResult, *, wide: bool) -> Picture:
-    measured = any(layer.kl is not None for layer in result.layers)
-    title = "KL by layer depth" if measured else "Drift by layer depth"
     caption = (
-        f"KL from {result.reference} when only this layer is the {result.subject}'s."
-        if measured
-        else f"Root mean square distance of hidden states behind each layer from those of"
-        f" {result.reference}, relative to their size. A jump points at a layer."
+        f"Mean KL({result.reference} ‖ {result.subject}) if the model ended behind this layer:"
+        " final norm and head on the hidden states there, for some of the in-domain tokens. A step"
+        " points at the layer that makes it."
     )
     width = 2 * plots.WIDTH if wide else plots.WIDTH
     svg = plots.picture("depth", 2.9, plots.depth(result), width)
-    return Picture(title=title, caption=caption, svg=Markup(svg), wide=wide)
+    return Picture(title="KL by layer depth", caption=caption, svg=Markup(svg), wide=wide)
 
 
 def _maps(result: RunResult) -> list[Picture]:

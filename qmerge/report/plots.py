@@ -274,46 +274,19 @@ def _with_bins(result: RunResult) -> list[str]:
 
 
 def depth(result: RunResult) -> Draw:
-    """KL that each layer brings where it was measured, else how far hidden states have drifted."""
+    """KL by the number of layers behind which the model is taken to end."""
     layers = [layer for layer in result.layers if layer.kind == "layer"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
+        values = [math.nan if layer.kl is None else layer.kl for layer in layers]
+        axes.plot(range(len(layers)), values, "o-", color=ACCENT, markersize=4, linewidth=1.6)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("decoder layer")
-        if any(layer.kl is not None for layer in layers):
-            values = [math.nan if layer.kl is None else layer.kl for layer in layers]
-            axes.bar(range(len(layers)), values, 0.8, color=ACCENT)
-            axes.set_ylabel("KL of this layer alone, nats")
-        else:
-            _drift_lines(figure, axes, result)
+        axes.set_ylabel("mean KL, nats")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw
-
-
-def _drift_lines(figure: Figure, axes: Axes, result: RunResult) -> None:
-    """Every arm but those before quantization, which stay where their weights put them."""
-    layers = [layer for layer in result.layers if layer.kind == "layer"]
-    found = {arm for layer in layers for arm in layer.drift}
-    arms = [arm for arm in result.arms if arm in found and arm != result.reference]
-    arms = [arm for arm in arms if not arm.startswith("merged")]
-    styles = ("dashed", "dotted", "dashdot")
-    others = [arm for arm in arms if arm != result.subject]
-    for arm in arms:
-        values = [100 * layer.drift.get(arm, math.nan) for layer in layers]
-        style = "solid" if arm == result.subject else styles[others.index(arm) % len(styles)]
-        colour = SECOND if "release" in arm and arm != result.subject else arm_colour(result, arm)
-        axes.plot(
-            range(len(layers)), values, color=colour, label=label(result, arm), linestyle=style
-        )
-    seen = [100 * layer.drift[arm] for layer in layers for arm in arms if layer.drift.get(arm)]
-    if seen and max(seen) > 8 * min(seen):
-        axes.set_yscale("log")
-        _plain_log(axes.yaxis)
-    else:
-        axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"distance from {result.reference}, %")
-    figure.legend(loc="outside upper left", ncols=4 if figure.get_figwidth() > WIDTH else 2)
 
 
 def survival_map(result: RunResult) -> tuple[float, float, Draw]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 
 from qmerge.report.words import (
     COLUMNS,
@@ -22,21 +23,23 @@ from qmerge.report.words import (
 from qmerge.results import Comparison, RunResult
 
 WIDTH = 100
+GLUE = "\0"
 
 
 def render(result: RunResult) -> str:
     """Verdict, one table per corpus, survival, warnings; no colour, lines under 100 columns
     wherever names allow."""
     blocks = [_wrapped(verdict(result).sentence)]
+    options = [remedy.option for remedy in result.remedies]
     lines = findings(result)
     if lines:
-        blocks.append("\n".join(_wrapped(line) for line in lines))
+        blocks.append("\n".join(_wrapped(line, options) for line in lines))
     for corpus in corpora(result):
         title = heading(corpus, result.corpora.evaluation.get(corpus))
         blocks.append("\n".join([title, *table(rows(result, corpus))]))
     blocks.append("\n".join(_facts(result)))
     if result.warnings:
-        blocks.append("\n".join(_wrapped(f"warning: {line}") for line in result.warnings))
+        blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in result.warnings))
     return printable("\n\n".join(block for block in blocks if block) + "\n")
 
 
@@ -108,5 +111,11 @@ def _aligned(cell: Cell, values: int, errors: int, unit: str) -> str:
     return f"{cell.value:>{values}}{error}{cell.unit:<{len(unit)}}"
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+def _wrapped(text: str, whole: Iterable[str] = ()) -> str:
+    """Lines of WIDTH; what is to be pasted stays `whole`, in one line however long."""
+    for part in whole:
+        text = text.replace(part, part.replace(" ", GLUE))
+    filled = textwrap.fill(
+        text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return filled.replace(GLUE, " ")

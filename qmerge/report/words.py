@@ -359,9 +359,12 @@ def findings(result: RunResult) -> list[str]:
         bits = f" ({linear.bits} bits)" if linear.bits else ""
         lines.append(f"Largest error: {linear.name}{bits}, {times:.1f} times that of its like.")
     for remedy in result.remedies:
-        where = f" for {', '.join(remedy.where)}" if remedy.where else ""
-        cost = f", {size(remedy.extra_bytes)} more" if remedy.extra_bytes else ""
-        lines.append(f"Would help: {remedy.option}{where} (survival {remedy.survival:.3f}{cost}).")
+        count = f"{len(remedy.where)} linears" if len(remedy.where) != 1 else "1 linear"
+        cost = f"{size(remedy.extra_bytes)} more" if remedy.extra_bytes else "no more bytes"
+        lines.append(
+            f"Would help: {remedy.option} "
+            f"({count}: survival at least {remedy.survival:.3f}, {cost})."
+        )
     return lines
 
 

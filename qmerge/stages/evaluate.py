@@ -16,9 +16,14 @@ from qmerge.measure.tokens import TokenAccumulator, TokenStats, join
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, Hidden, run
 from qmerge.model.streams import Streams, batches
+from qmerge.progress import Progress
 
 LOGIT_BYTES = 1 << 27
 """Logits of one arm on one slice of the vocabulary that are held at one time."""
+LENS_WINDOWS, LENS_TOKENS = 16, 256
+"""What is looked at behind each layer: enough to see where a divergence begins."""
+FEW = 4
+"""Arms whose running figures are all shown."""
 
 
 def key_of(arm: str, corpus: str) -> str:
@@ -72,7 +77,7 @@ def score(
     read: ReadWindows,
     corpora: Sequence[Corpus],
     reference: str | None,
-    tick: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Scored, ...]:
     """Final norm and head of every arm on the same tokens, side by side.
 
@@ -85,7 +90,7 @@ def score(
         parts: dict[str, list[TokenStats]] = {arm: [] for arm in frames}
         at_once = _windows_at_once(frames, length)
         for start, stop in batches(corpus.tokens.shape[0], at_once):
-            tick(f"{corpus.name}: window {start + 1}")
+            progress.doing(f"{corpus.name}: window {start + 1} of {len(corpus.tokens)}")
             rows = {
                 arm: frame.leave(read(arm, corpus.name, start, stop))[:, :-1]
                 for arm, frame in frames.items()
@@ -93,9 +98,26 @@ def score(
             targets = corpus.tokens[start:stop, 1:].reshape(-1)
             for arm, part in _score_rows(frames, rows, targets, reference).items():
                 parts[arm].append(part)
+            progress.figures(_so_far(parts, reference))
         stats = {arm: join(own, length - 1) for arm, own in parts.items()}
         found.append(Scored(corpus=corpus, stats=stats))
     return tuple(found)
+
+
+def _so_far(parts: Mapping[str, Sequence[TokenStats]], reference: str | None) -> dict[str, float]:
+    """Perplexity of the reference and of the releases, or of every arm where there are few, and
+    how far the others are from the reference."""
+    few = len(parts) <= FEW
+    found = {}
+    for arm, seen in parts.items():
+        if not (few or arm == reference or arm.startswith("release")):
+            continue
+        name = arm.replace("@", " by ")
+        found[f"{name} perplexity"] = float(torch.cat([p.nll_R for p in seen]).nanmean().exp())
+        if reference is not None and arm != reference:
+            divergence = [p.kl_R for p in seen if p.kl_R is not None]
+            found[f"{name} KL"] = float(torch.cat(divergence).mean())
+    return found
 
 
 def _windows_at_once(frames: Mapping[str, Frame], length: int) -> int:
@@ -117,6 +139,28 @@ def _score_rows(
         }
         accumulator.add(first, logits)
     return accumulator.finish()
+
+
+def lens(
+    frames: Mapping[str, Frame], streams: Streams, corpus: str, reference: str
+) -> dict[str, float]:
+    """Mean KL of each arm from the reference if the model ended here: final norm and head on the
+    hidden states that have just been written (a logit lens), for LENS_TOKENS tokens of a corpus.
+    """
+    rows = {
+        arm: frame.leave(_sample(streams, key_of(arm, corpus))) for arm, frame in frames.items()
+    }
+    targets_R = torch.zeros(len(rows[reference].flatten(0, 1)), dtype=torch.long)
+    found = _score_rows(frames, rows, targets_R, reference)
+    return {arm: float(part.kl_R.mean()) for arm, part in found.items() if part.kl_R is not None}
+
+
+def _sample(streams: Streams, key: str) -> Hidden:
+    """Tokens at even distances in the first windows; a window's first is like no other."""
+    stream = streams.stream(key)
+    windows = min(stream.windows, LENS_WINDOWS)
+    step = max(1, windows * stream.length // LENS_TOKENS)
+    return torch.cat([streams.fresh(key, w, w + 1)[:, step // 2 :: step] for w in range(windows)])
 
 
 def _head_slices(

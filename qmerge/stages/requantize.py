@@ -21,12 +21,14 @@ import torch
 from torch import nn
 
 from qmerge.formats.base import IntegerWeight
-from qmerge.gptq import Drift, Grid, Hessian, Update, solve_update
+from qmerge.gptq import Drift, Grid, Hessian, Update, expressible, solve_update
 from qmerge.job import Settings
+from qmerge.measure.remedy import cheapest, is_weak
 from qmerge.measure.survival import linear_survival, relative_error
 from qmerge.model.layer import Call, Hidden, before_linears, run, sibling_groups
 from qmerge.model.residual import reading, residual_places
-from qmerge.results import LinearResult, Survival
+from qmerge.results import LinearResult, Remedy, Survival
+from qmerge.stages.remedies import alternatives
 
 ReadWindows = Callable[[int, int], Hidden]
 Group = tuple[str, ...]
@@ -106,6 +108,7 @@ class Requantizer:
     ) -> None:
         self.packed: dict[str, IntegerWeight] = {}
         self.results: dict[str, LinearResult] = {}
+        self.remedies: list[Remedy] = []
         self._layer = layer
         self._reference = reference
         self._weights = weights
@@ -217,9 +220,18 @@ class Requantizer:
 
     def _quantize(self, group: Group, moments: Moments) -> None:
         """Solve siblings stacked along O, and put what they decode to in place."""
+        H_II = moments.hessian.mean()
+        updates = self._solve(group, moments, H_II, self._settings)
+        for name, update in zip(group, updates, strict=True):
+            self._place(name, update, H_II, moments.hessian.dropped)
+        if any(is_weak(self.results[name].survival) for name in group):
+            self._seek_remedy(group, moments, H_II)
+
+    def _solve(
+        self, group: Group, moments: Moments, H_II: torch.Tensor, settings: Settings
+    ) -> tuple[Update, ...]:
         weights = [self._weights[name] for name in group]
-        settings, H_II = self._settings, moments.hessian.mean()
-        updates = solve_update(
+        return solve_update(
             torch.cat([weight.merged_OI for weight in weights]),
             torch.cat([weight.origin_OI for weight in weights]),
             H_II,
@@ -233,8 +245,24 @@ class Requantizer:
             drift_II=moments.drift.mean() if moments.drift else None,
             residual_OI=moments.residual.mean() if moments.residual else None,
         )
-        for name, update in zip(group, updates, strict=True):
-            self._place(name, update, H_II, moments.hessian.dropped)
+
+    def _seek_remedy(self, group: Group, moments: Moments, H_II: torch.Tensor) -> None:
+        """The cheapest setting that would have kept the adapter, tried here and now: siblings
+        together, because servers fuse them."""
+
+        def kept(settings: Settings) -> float | None:
+            updates = self._solve(group, moments, H_II, settings)
+            found = [update.survival for update in updates if update.survival is not None]
+            return min(found, default=None)
+
+        weights, settings = [self._weights[name] for name in group], self._settings
+        rows, width = sum(weight.merged_OI.shape[0] for weight in weights), H_II.shape[0]
+        base = _base_grid([weight.base for weight in weights], settings)
+        anchorable = base is not None and expressible(base, settings.spec, settings.order, width)
+        tried = alternatives(settings, (rows, width), anchorable=anchorable, solve=kept)
+        found = cheapest(group, tried)
+        if found is not None:
+            self.remedies.append(found)
 
     def _place(self, name: str, update: Update, H_II: torch.Tensor, dropped: int) -> None:
         weight, spec, solution = self._weights[name], self._settings.spec, update.solution

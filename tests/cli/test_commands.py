@@ -117,6 +117,7 @@ def test_limits_are_kept_against_another_checkpoint() -> None:
     assert asked.faults() == ()
     for alone in (replace(asked, reference=None), replace(asked, models=("b",))):
         assert [fault.where for fault in alone.faults()] == ["--max-kl"]
+    assert EvaluateRecipe(models=("b",), min_survival=0.9).faults() == ()
 
 
 def test_inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

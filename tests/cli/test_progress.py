@@ -79,6 +79,53 @@ def test_plain_lines_about_one_step_are_few() -> None:
     ]
 
 
+def test_layers_alone_say_how_long_layers_take() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("walk", 4)
+    for item, seconds in (("embedding", 1), ("layer 0", 60), ("layer 1", 60), ("head", 1)):
+        shown.step(item)
+        clock.now += seconds
+    left = [line.split(" · ")[3] for line in stream.getvalue().splitlines()]
+    assert [text for text in left if "left" in text] == ["2:00 left"]
+    assert "layer 1" in stream.getvalue().splitlines()[2]
+
+
+def test_figures_stay_until_there_are_others() -> None:
+    clock, stream, file = Clock(), io.StringIO(), io.BytesIO()
+    log = LoggedProgress(PlainProgress(stream, clock), file)  # type: ignore[arg-type]
+    log.stage("walk", 3)
+    for layer, found in enumerate(
+        ({"KL": 0.00123456, "survival": 1.0, "error": float("nan")}, {"KL": 0.5}, {})
+    ):
+        log.step(f"layer {layer}")
+        log.figures(found)
+        clock.now += 2
+    lines = stream.getvalue().splitlines()
+    assert "KL" not in lines[0]
+    assert "layer 1 · KL 0.00123 · survival 1 · error nan · " in lines[1]
+    assert "layer 2 · KL 0.5 · 0:04" in lines[2]
+    events = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [event["figures"] for event in events if event["event"] == "figures"] == [
+        {"KL": 0.00123456, "survival": 1.0},
+        {"KL": 0.5},
+        {},
+    ]
+
+
+def test_short_steps_are_not_each_a_line() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("compare", 100)
+    for number in range(100):
+        shown.step(f"weight.{number}")
+        clock.now += 0.25
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 25
+    assert "compare 1/100 · weight.0" in lines[0]
+    assert "0:01 · 0:24 left" in lines[1]
+
+
 def test_warnings_are_always_told() -> None:
     stream = io.StringIO()
     PlainProgress(stream).warn("texts overlap")
@@ -95,13 +142,14 @@ def test_bars_show_text_as_it_is() -> None:
         shown.stage("walk", 2)
         shown.step("layers[red].0")
         shown.doing("trained")
+        shown.figures({"perplexity": 32.9})
         assert bars.tasks[0].completed == 0
         shown.step("layer 1")
         assert bars.tasks[0].completed == 1
         shown.warn("a [bold]name[/bold]")
         shown.finish()
     assert bars.tasks[0].completed == 2
-    assert bars.tasks[0].fields["text"] == ""
+    assert bars.tasks[0].fields["text"] == "perplexity 32.9"
     assert "warning: a [bold]name[/bold]" in stream.getvalue()
     assert "2/2" in stream.getvalue()
 

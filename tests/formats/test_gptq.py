@@ -18,6 +18,7 @@ from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import open_format
 from qmerge.formats.base import IntegerWeight
 from qmerge.formats.gptq import V1Zeros, pack_gptq, quantization_config, true_zeros
+from qmerge.formats.writing import packed_bytes
 from tests.formats import tiny
 
 NAME = f"{tiny.Q_PROJ}.weight"
@@ -393,3 +394,21 @@ def test_kept_linears_are_named_for_every_loader() -> None:
 def test_asymmetric_version_1_is_refused() -> None:
     with pytest.raises(RecipeError, match="symmetric"):
         written(symmetric=False)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 32), (4, -1), (8, 64)])
+def test_bytes_are_those_of_the_packed_tensors(bits: int, group: int) -> None:
+    outputs, inputs = 96, 128
+    groups = 1 if group == -1 else inputs // group
+    weight = IntegerWeight(
+        codes_OI=torch.zeros(outputs, inputs, dtype=torch.uint8),
+        scales_OG=torch.ones(outputs, groups, dtype=torch.float16),
+        zeros_OG=torch.full((outputs, groups), 1 << (bits - 1), dtype=torch.int32),
+        g_idx_I=None,
+        bits=bits,
+        group_size=group,
+        symmetric=True,
+    )
+    packed = pack_gptq(weight, version=1)
+    expected = sum(tensor.nbytes for tensor in packed.values())
+    assert packed_bytes((outputs, inputs), bits, group) == expected

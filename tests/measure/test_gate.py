@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qmerge.measure.gate import Limits, check_limits
-from qmerge.results import ArmScore
+from qmerge.results import ArmScore, Survival
 from tests.samples import finished, without_adapter_figures
 
 
@@ -83,3 +83,10 @@ def test_what_is_no_number_does_not_pass() -> None:
 
 def _bare(score: ArmScore) -> ArmScore:
     return dataclasses.replace(score, change=None, kl=None, same_top=None)
+
+
+def test_survival_of_several_models_is_each_one_s_own() -> None:
+    kept = {"old": Survival(survival=0.95), "new": Survival(survival=0.5), "other": None}
+    verdicts = check_limits(finished(), Limits(min_survival=0.9), kept)
+    assert [verdict.passed for verdict in verdicts] == [True, False, False]
+    assert verdicts[1].text == "adapter survival of new is 0.5, under the limit of 0.9"

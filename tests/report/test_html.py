@@ -106,7 +106,7 @@ def test_every_plot_has_axes_with_units_and_a_caption() -> None:
     titles = [re.search(r"<b>(.*?)</b>", figure)[1] for figure in figures]  # type: ignore[index]
     assert titles == [
         "Perplexity on plays", "Perplexity on encyclopedia", "Change by window",
-        "KL by token confidence", "Drift by layer depth", "Adapter survival", "Quantization error",
+        "KL by token confidence", "KL by layer depth", "Adapter survival", "Quantization error",
     ]  # fmt: skip
     for figure in figures:
         assert figure.count("<svg") == 1
