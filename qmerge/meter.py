@@ -7,7 +7,7 @@ import resource
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ class Meter:
     """Stages add up by name; one runs at a time. Memory is looked at while the block runs."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, int] = {}
         self._stage: str | None = None
         self._ended = threading.Event()
@@ -53,7 +53,8 @@ class Meter:
 
     def add(self, seconds: Mapping[str, float], memory: Mapping[str, int]) -> None:
         """Take over what another process measured of the same job."""
-        self.seconds.update(seconds)  # type: ignore[arg-type]
+        for name, spent in seconds.items():
+            self.seconds[name] += spent
         for name, peak in memory.items():
             self.memory[name] = max(peak, self.memory.get(name, 0))
 

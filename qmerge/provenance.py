@@ -43,6 +43,13 @@ def hub_name(folder: Path) -> str | None:
     return f"{match[1]}/{match[2]}" if match else None
 
 
+def file_record(path: Path) -> InputRecord:
+    """One file with its digest."""
+    return InputRecord(
+        path=str(path), bytes=path.stat().st_size, files={path.name: sha256_file(path)}
+    )
+
+
 def license_of(folder: Path) -> str | None:
     """What the front matter of a model card calls the licence."""
     found = front_matter(folder).get("license")

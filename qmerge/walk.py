@@ -8,7 +8,7 @@ written and let go.
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -71,7 +71,7 @@ class Walk:
         self.meter = meter
         self.seconds_before = 0.0
         """What the units took that another process finished."""
-        self._told: Counter[str] = Counter(meter.seconds)
+        self._told = dict(meter.seconds)
         self.units = job.skeleton.units()
         self.rounding = model_dtype(job.base.checkpoint.config)
         self.weights = _outer_weights(job, self.units)
@@ -361,12 +361,13 @@ class Walk:
 
     def _spent(self) -> dict[str, Any]:
         """What the meter has counted since the last unit."""
-        now = Counter(self.meter.seconds)
-        since, self._told = now - self._told, now
-        return {"seconds": dict(since), "memory": dict(self.meter.memory)}
+        before, self._told = self._told, dict(self.meter.seconds)
+        since = {name: s - before.get(name, 0.0) for name, s in self._told.items()}
+        return {"seconds": since, "memory": dict(self.meter.memory)}
 
     def _take_over(self, event: Mapping[str, Any]) -> None:
         self.meter.add(**event["spent"])
+        self._told = dict(self.meter.seconds)
         self.seconds_before += sum(event["spent"]["seconds"].values())
         records = {}
         for strategy, data in event["shards"].items():

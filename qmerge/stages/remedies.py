@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from qmerge.formats.writing import packed_bytes
 from qmerge.gptq import GridChoice, GridSpec
@@ -33,7 +34,7 @@ def alternatives(
         Alternative(
             option=option,
             extra_bytes=_bytes(shape_OI, other.spec) - _bytes(shape_OI, settings.spec),
-            solve=lambda other=other: solve(other),
+            solve=partial(solve, other),
         )
         for option, other in _others(settings, shape_OI[1], anchorable)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -128,7 +129,7 @@ def test_the_hubs_own_library_reads_the_card() -> None:
     own = {"license_name": "llama3", "license_link": "https://example.org/licence"}
     base = dataclasses.replace(result.inputs["base"], license="other", details=own)
     card = ModelCard(render_card(dataclasses.replace(result, inputs={"base": base}), name="x"))
-    data = card.data
+    data: Any = card.data
     assert (data.base_model, data.license, data.license_name) == (
         "org/base-4bit",
         "other",
