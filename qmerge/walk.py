@@ -394,18 +394,17 @@ class Walk:
 
 
 def _figures(layers: Mapping[str, LayerResult]) -> dict[str, float]:
-    """What a layer came to, for those who watch."""
-    found = {}
-    for strategy, layer in layers.items():
-        of = f" by {strategy}" if len(layers) > 1 else ""
-        errors = [linear.error for linear in layer.linears if linear.error is not None]
-        if errors:
-            found[f"error{of}"] = sum(errors) / len(errors)
-        if layer.survival is not None and layer.survival.survival is not None:
-            found[f"survival{of}"] = layer.survival.survival
-        if layer.kl is not None:
-            found[f"KL{of}"] = layer.kl
-    return found
+    """What a layer came to, for those who watch; of two releases what sets them apart."""
+    if len(layers) > 1:
+        return {f"KL by {s}": layer.kl for s, layer in layers.items() if layer.kl is not None}
+    (layer,) = layers.values()
+    errors = [linear.error for linear in layer.linears if linear.error is not None]
+    found = {
+        "error": sum(errors) / len(errors) if errors else None,
+        "survival": layer.survival.survival if layer.survival else None,
+        "KL": layer.kl,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class _LayerNotes:

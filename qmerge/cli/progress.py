@@ -122,13 +122,14 @@ class PlainProgress:
         self.stage("", 0)
 
     def stage(self, name: str, total: int) -> None:
-        self.printed = self.clock()
+        self.printed = self.stepped = self.clock()
         self.place = Place(name, total, self.printed)
 
     def step(self, item: str) -> None:
         now = self.clock()
         self.place.step(item, now)
-        if self.place.begun == 1 or now - self.printed >= BRIEF:
+        if self.place.begun == 1 or now - self.stepped >= BRIEF:
+            self.stepped = now
             self._line(item)
 
     def doing(self, what: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from qmerge.report.markdown import escape, grid, summary
-from qmerge.report.words import findings, size, verdict
+from qmerge.report.words import findings, legend, size, verdict
 from qmerge.results import RunResult
 
 # The hub's own identifier: organisation and name; anything else is a folder on somebody's disk.
@@ -101,14 +101,12 @@ def _called(result: RunResult, role: str) -> str:
 
 
 def _arms_legend(result: RunResult) -> str:
-    if "trained" not in result.arms:
+    if result.reference is None:
         return ""
+    told = escape(legend(result)).replace("\\`", "`")
     return (
-        "`trained` is the quantized base with the adapter live on top, as it was trained and"
-        " validated: change, KL and agreement are against it. `merged` is the merged model before"
-        " it was quantized, `release` is this folder decoded from its packed codes, the noise floor"
-        " `trained` itself in 16 bits. Errors are standard errors over windows, paired for the"
-        " change; KL is in nats per token."
+        f"{told} Change, KL (nats per token) and agreement are against `{result.reference}`. Errors"
+        " are standard errors over windows, paired for the change."
     )
 
 

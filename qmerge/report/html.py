@@ -15,6 +15,8 @@ from markupsafe import Markup
 from qmerge.report import plots
 from qmerge.report.words import (
     COLUMNS,
+    STATISTICS,
+    Figures,
     Row,
     change_cell,
     corpora,
@@ -22,11 +24,13 @@ from qmerge.report.words import (
     findings,
     heading,
     kl_figure,
+    legend,
     previous_lines,
     printable,
     rows,
     share_cell,
     size,
+    statistics,
     subject_score,
     survival_phrase,
     verdict,
@@ -62,6 +66,7 @@ class Table:
 
     title: str
     rows: list[Row]
+    figures: list[Figures]
 
 
 class Passage(NamedTuple):
@@ -93,8 +98,13 @@ def render(result: RunResult) -> str:
         findings=[*findings(result), *previous_lines(result)],
         columns=COLUMNS,
         tables=[
-            Table(title=heading(c, known.get(c)), rows=rows(result, c)) for c in corpora(result)
+            Table(
+                title=heading(c, known.get(c)), rows=rows(result, c), figures=statistics(result, c)
+            )
+            for c in corpora(result)
         ],
+        statistics=STATISTICS,
+        legend=legend(result).replace("`", ""),
         survival=survival_phrase(result.survival) if result.survival else "",
         pictures=_pictures(result),
         passages=_worst(result),

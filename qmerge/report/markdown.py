@@ -7,22 +7,27 @@ from collections.abc import Iterable
 
 from qmerge.report.words import (
     COLUMNS,
+    STATISTICS,
     corpora,
     duration,
     findings,
     gate_lines,
     heading,
+    legend,
     previous_lines,
     printable,
     rows,
     size,
+    statistics,
     survival_phrase,
     verdict,
 )
 from qmerge.results import RunResult
 
+NUMBER = r"[+-]?[\d.]+(e[+-]?\d+)?"
 FIGURE = re.compile(
-    r"([+-]?[\d.]+( [±×] [\d.]+)?( tokens|%)?|[\d.]+ ([KMGT]iB|B|s)|[\d hmins]+|–|not finite)?\Z"
+    rf"({NUMBER}( ([±×]|to) {NUMBER})?( tokens|%)?( rms)?|{NUMBER} ([KMGT]iB|B|s)|[\d hmins]+"
+    r"|–|not finite)?\Z"
 )
 
 
@@ -31,6 +36,8 @@ def render(result: RunResult) -> str:
     blocks = ["# qmerge report", _bold(verdict(result).sentence)]
     blocks.append("\n".join(f"- {escape(line)}" for line in findings(result)))
     blocks.append(summary(result))
+    blocks.append(escape(legend(result)).replace("\\`", "`"))
+    blocks.append(_all_figures(result))
     blocks.append(_texts(result))
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
@@ -58,6 +65,16 @@ def summary(result: RunResult) -> str:
     if lines:
         blocks.append("\n".join(f"- {escape(line)}" for line in lines))
     return "\n\n".join(blocks)
+
+
+def _all_figures(result: RunResult) -> str:
+    blocks = ["## All figures"]
+    for corpus in corpora(result):
+        body = [[row.label, *row.values] for row in statistics(result, corpus)]
+        if body:
+            title = heading(corpus, result.corpora.evaluation.get(corpus))
+            blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *STATISTICS], body))
+    return "\n\n".join(blocks) if len(blocks) > 1 else ""
 
 
 def grid(head: list[str], body: list[list[str]]) -> str:
@@ -100,7 +117,13 @@ def _texts(result: RunResult) -> str:
     if not texts:
         return ""
     body = [
-        [t.name, t.role, t.source, f"{t.windows} × {t.sequence_length}", t.sha256[:16]]
+        [
+            t.name,
+            t.role.replace("_", "-"),
+            t.source,
+            f"{t.windows} × {t.sequence_length}",
+            t.sha256[:16],
+        ]
         for t in texts
     ]
     return "## Texts\n\n" + grid(["name", "role", "source", "tokens", "sha256"], body)

@@ -141,6 +141,75 @@ def rows(result: RunResult, corpus: str) -> list[Row]:
     return found
 
 
+LEGEND = {
+    "original": "`original` is the 16-bit model that the base was quantized from",
+    "quantized_base": "`quantized base` the 4-bit base without adapter",
+    "trained": "`trained` the base with the adapter live on top, as it was trained and validated",
+    "dense": "`dense` the model that was quantized",
+    "merged": "`merged` the merged model before it was quantized",
+    "release": "`release` what is on disk, decoded from its packed codes",
+    "previous": "`previous` an earlier release",
+    "noise_floor": "`noise floor` the reference itself in 16 bits",
+}
+
+
+def legend(result: RunResult) -> str:
+    """What the arms of the tables are, in a sentence; empty where they have names of their own."""
+    if result.command == "evaluate":
+        return ""
+    present = {*result.arms, *(["noise_floor"] if result.noise_floor else [])}
+    others = [arm for arm in present if arm not in LEGEND]
+    told = [text for arm, text in LEGEND.items() if arm in present]
+    rest = (
+        " Arms that name a strategy were merged in that way, and not published." if others else ""
+    )
+    return f"{', '.join(told)}.{rest}" if told else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Everything that was measured of one arm on one corpus, as text in the order of STATISTICS."""
+
+    arm: str
+    label: str
+    values: tuple[str, ...]
+
+
+STATISTICS = (
+    "95% interval of the change", "difference", "KL median", "90%", "95%", "99%", "99.9%",
+    "largest", "right token's probability",
+)  # fmt: skip
+
+
+def statistics(result: RunResult, corpus: str) -> list[Figures]:
+    """What the arms' table leaves out: intervals, percentiles of KL, change of probability."""
+    scores = {arm: found[corpus] for arm, found in result.arms.items() if corpus in found}
+    if corpus in result.noise_floor:
+        scores["noise_floor"] = result.noise_floor[corpus]
+    return [
+        Figures(
+            arm=arm,
+            label="noise floor" if arm == "noise_floor" else label(result, arm),
+            values=_statistics(score),
+        )
+        for arm, score in scores.items()
+        if score.kl is not None and score.change is not None
+    ]
+
+
+def _statistics(score: ArmScore) -> tuple[str, ...]:
+    assert score.change is not None
+    assert score.kl is not None
+    ends = [100 * (end - 1) for end in score.change.ci95 or ()]
+    moved, kl = score.probability_change, score.kl
+    return (
+        " to ".join(f"{end:+.2f}" for end in ends) + "%" if ends else DASH,
+        str(figure(score.change.difference, score.change.difference_stderr, 3)),
+        *(f"{value:.3g}" for value in (kl.median, kl.p90, kl.p95, kl.p99, kl.p999, kl.max)),
+        f"{100 * moved.rms:.3g}% rms" if moved else DASH,
+    )
+
+
 def label(result: RunResult, arm: str) -> str:
     """An arm as readers call it; what was carried along and not published names its strategy."""
     if arm == result.reference:
@@ -245,7 +314,19 @@ def _figures(result: RunResult, corpus: str, score: ArmScore) -> str:
     left = result.survival.survival if result.survival else None
     if left is not None and left < GOOD["survival"]:
         parts.append(f"adapter survival {left:.2f}")
-    return ", ".join(parts)
+    return "; ".join([", ".join(parts), *_elsewhere(result, corpus)])
+
+
+def _elsewhere(result: RunResult, corpus: str) -> Iterator[str]:
+    """Other texts, of which the verdict is not, where they are hurt more than it would allow."""
+    for name in corpora(result):
+        score = subject_score(result, name)
+        if name == corpus or score is None or score.change is None or score.kl is None:
+            continue
+        low = score.change.ci95[0] if score.change.ci95 else score.change.ratio
+        hurt = low > 1 and score.change.ratio - 1 > GOOD["increase"]
+        if hurt or score.kl.mean > GOOD["kl"]:
+            yield f"on {name} perplexity {change_phrase(score.change)}, KL {kl_figure(score)}"
 
 
 def change_phrase(change: Change | None) -> str:

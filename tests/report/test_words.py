@@ -6,14 +6,18 @@ import math
 import pytest
 
 from qmerge.measure import Limits, check_limits
+from qmerge.report import render
 from qmerge.report.words import (
+    STATISTICS,
     change_cell,
     duration,
     findings,
     gain_kept,
+    legend,
     loud,
     rows,
     size,
+    statistics,
     verdict,
     weakest,
 )
@@ -135,3 +139,53 @@ def test_sizes_and_times() -> None:
         "5.0 TiB",
     ]
     assert [duration(s) for s in (0.5, 75, 4000)] == ["0.5 s", "1 min 15 s", "1 h 06 min"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kl", "told"),
+    [
+        (changed(1.05, 1.04, 1.06), 0.001, "; on encyclopedia perplexity +5.00 ± 0.10%, KL 0.001."),
+        (changed(1.05, 0.99, 1.11), 0.001, None),
+        (changed(1.0, 0.99, 1.01), 0.2, "; on encyclopedia perplexity 0.00 ± 0.10% (within noise)"),
+    ],
+)
+def test_another_text_is_in_the_verdict_where_it_is_hurt(
+    change: Change, kl: float, told: str | None
+) -> None:
+    result = with_release(finished(), change=changed(1.0, 0.99, 1.01))
+    score = result.arms["release"]["encyclopedia"]
+    assert score.kl is not None
+    score = dataclasses.replace(score, change=change, kl=dataclasses.replace(score.kl, mean=kl))
+    scores = {**result.arms["release"], "encyclopedia": score}
+    sentence = verdict(
+        dataclasses.replace(result, arms={**result.arms, "release": scores})
+    ).sentence
+    assert told in sentence if told else "encyclopedia" not in sentence
+
+
+def test_every_figure_of_an_arm_is_told() -> None:
+    result = finished()
+    found = {row.arm: row for row in statistics(result, "plays")}
+    assert set(found) == {*result.arms, "noise_floor"} - {"trained"}
+    score = result.arms["previous"]["plays"]
+    assert score.kl is not None
+    assert score.change is not None
+    values = dict(zip(STATISTICS, found["previous"].values, strict=True))
+    assert float(values["KL median"]) == pytest.approx(score.kl.median, rel=1e-2)
+    assert float(values["99.9%"]) == pytest.approx(score.kl.p999, rel=1e-2)
+    assert values["difference"].startswith(f"{score.change.difference:.3f} ± ")
+    assert all(value in render(result, "html") for value in values.values())
+
+
+def test_the_legend_speaks_of_the_arms_that_there_are() -> None:
+    result = finished()
+    assert "`previous`" in legend(result)
+    arms = {name: result.arms[name] for name in ("trained", "release")}
+    told = legend(dataclasses.replace(result, arms=arms))
+    assert "`previous`" not in told
+    assert "`trained`" in told
+    assert "strategy" not in told
+    assert "strategy" in legend(
+        dataclasses.replace(result, arms={**arms, "release_substitute": arms["release"]})
+    )
+    assert legend(without_adapter_figures(result)) == ""
