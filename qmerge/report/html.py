@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -104,7 +105,7 @@ def render(result: RunResult) -> str:
             for c in corpora(result)
         ],
         statistics=STATISTICS,
-        legend=legend(result).replace("`", ""),
+        legend=Markup(re.sub("`([^`]*)`", r"<b>\1</b>", legend(result))),
         survival=survival_phrase(result.survival) if result.survival else "",
         pictures=_pictures(result),
         passages=_worst(result),

@@ -26,7 +26,7 @@ from qmerge.results import RunResult
 
 NUMBER = r"[+-]?[\d.]+(e[+-]?\d+)?"
 FIGURE = re.compile(
-    rf"({NUMBER}( ([±×]|to) {NUMBER})?( tokens|%)?( rms)?|{NUMBER} ([KMGT]iB|B|s)|[\d hmins]+"
+    rf"({NUMBER}( ([±×]|to) {NUMBER})?( tokens|%)?|{NUMBER} ([KMGT]iB|B|s)|[\d hmins]+"
     r"|–|not finite)?\Z"
 )
 
@@ -68,7 +68,8 @@ def summary(result: RunResult) -> str:
 
 
 def _all_figures(result: RunResult) -> str:
-    blocks = ["## All figures"]
+    about = "Intervals of the change, percentiles of KL, change of the right token's probability."
+    blocks = [f"## All figures\n\n{about}"]
     for corpus in corpora(result):
         body = [[row.label, *row.values] for row in statistics(result, corpus)]
         if body:

@@ -176,8 +176,8 @@ class Figures:
 
 
 STATISTICS = (
-    "95% interval of the change", "difference", "KL median", "90%", "95%", "99%", "99.9%",
-    "largest", "right token's probability",
+    "95% interval", "difference", "KL median", "90%", "95%", "99%", "99.9%", "largest",
+    "probability, rms",
 )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def _statistics(score: ArmScore) -> tuple[str, ...]:
         " to ".join(f"{end:+.2f}" for end in ends) + "%" if ends else DASH,
         str(figure(score.change.difference, score.change.difference_stderr, 3)),
         *(f"{value:.3g}" for value in (kl.median, kl.p90, kl.p95, kl.p99, kl.p999, kl.max)),
-        f"{100 * moved.rms:.3g}% rms" if moved else DASH,
+        f"{100 * moved.rms:.3g}%" if moved else DASH,
     )
 
 
