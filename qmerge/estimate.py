@@ -18,6 +18,14 @@ def token_bytes(skeleton: Skeleton) -> int:
     return 4 * (8 * hidden + 5 * widest)
 
 
+def waiting_bytes(skeleton: Skeleton) -> int:
+    """Bytes per token of a forward that waits before a linear: what goes into the layer, its
+    residual stream and the widest input of a linear."""
+    widest = max(module.in_features for module in skeleton.linears().values())
+    hidden = int(text_config(skeleton.model.config).hidden_size)
+    return 4 * (2 * hidden + widest)
+
+
 def layer_bytes(skeleton: Skeleton) -> int:
     """Bytes of work on one layer's weights: decoded, merged and quantized copies, and Hessians."""
     parameters = sum(
@@ -25,6 +33,11 @@ def layer_bytes(skeleton: Skeleton) -> int:
     )
     widest = max(module.in_features for module in skeleton.linears().values())
     return 4 * (4 * int(parameters) + 4 * widest * widest)
+
+
+def working_bytes(skeleton: Skeleton, tokens: int) -> int:
+    """Bytes of one layer at work on a micro-batch."""
+    return layer_bytes(skeleton) + tokens * token_bytes(skeleton)
 
 
 def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> PlanSummary:
@@ -54,7 +67,8 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
             f"{c.name}: {c.tokens.shape[0]} x {c.tokens.shape[1]} tokens of {c.source}"
             for c in (job.calibration, *job.evaluation)
         ),
-        calibration_at_once=job.calibration_at_once,
+        at_once=job.at_once,
+        waiting=job.waiting,
         units=units,
         bytes_in=sum(unit.bytes_in for unit in units),
         bytes_out=out_bytes,
@@ -103,10 +117,13 @@ def _stream_bytes(job: Job) -> int:
     """Two generations of hidden states: arms on evaluation text, releases on calibration text."""
     hidden = int(text_config(job.skeleton.model.config).hidden_size)
     evaluated = sum(corpus.tokens.numel() for corpus in job.evaluation) * len(arm_names(job))
-    calibrated = 2 * job.calibration.tokens.numel() * len(job.strategies)
+    calibrated = job.settings.streams * job.calibration.tokens.numel() * len(job.strategies)
     return 2 * 4 * hidden * (evaluated + calibrated)
 
 
 def _memory_bytes(job: Job) -> int:
-    length = job.calibration.tokens.shape[1]
-    return layer_bytes(job.skeleton) + job.calibration_at_once * length * token_bytes(job.skeleton)
+    windows, length = job.calibration.tokens.shape
+    working = working_bytes(job.skeleton, job.at_once * length)
+    return working + job.waiting * job.settings.streams * windows * length * waiting_bytes(
+        job.skeleton
+    )

@@ -34,7 +34,7 @@ from qmerge.results import Corpora, InputRecord, RunResult, Survival
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
 from qmerge.texts import (
-    EVALUATION_TOKENS,
+    TOKENS_AT_ONCE,
     evaluation_texts,
     load_tokenizer,
     tokenizer_home,
@@ -175,7 +175,7 @@ def _through_layers(
 ) -> Streams:
     """All windows through all layers of one model; its last hidden states by corpus."""
     length = corpora[0].tokens.shape[1]
-    at_once = max(1, EVALUATION_TOKENS // length)
+    at_once = max(1, TOKENS_AT_ONCE // length)
     width = int(text_config(model.skeleton.model.config).hidden_size)
     streams = Streams(
         folder,

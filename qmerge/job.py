@@ -32,6 +32,11 @@ class Settings:
     unit_survival: bool
     asymmetric: bool
 
+    @property
+    def streams(self) -> int:
+        """Streams of calibration text: the release's, and the reference's where it is aimed at."""
+        return 1 + self.asymmetric
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -51,8 +56,10 @@ class Job:
     strategies: tuple[str, ...]
     targets: frozenset[str]
     """Modules that are quantized, by parameter name without `.weight`."""
-    calibration_at_once: int
-    evaluation_at_once: int
+    at_once: int
+    """Windows of a micro-batch."""
+    waiting: bool
+    """Whether forwards of all calibration windows may wait in a layer at one time."""
     device: torch.device
     notes: tuple[str, ...]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
-from qmerge.estimate import layer_bytes, summarize, token_bytes
+from qmerge.estimate import summarize, waiting_bytes, working_bytes
 from qmerge.formats.simulated import SimulatedReader, parse_base_quant
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults, Job, Settings, pick_device
@@ -26,8 +26,8 @@ from qmerge.recipe import Recipe
 from qmerge.results import PlanSummary
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.texts import (
-    EVALUATION_TOKENS,
     OFFLINE_EVALUATION,
+    TOKENS_AT_ONCE,
     evaluation_texts,
     load_tokenizer,
     tokenizer_home,
@@ -97,6 +97,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         folders = (recipe.base, recipe.original or recipe.base)
         notes += base_notes(tuning.adapters, *folders)
     calibration, evaluation = texts
+    at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     return Job(
         recipe=_effective(recipe, settings, calibration),
         skeleton=skeleton,
@@ -111,8 +112,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         settings=settings,
         strategies=_strategies(recipe, tuning, notes),
         targets=targets,
-        calibration_at_once=_calibration_at_once(recipe, skeleton, calibration),
-        evaluation_at_once=max(1, EVALUATION_TOKENS // calibration.tokens.shape[1]),
+        at_once=at_once,
+        waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once),
         device=pick_device(recipe.device),
         notes=(*notes, *(tuning.change.notes if tuning else ())),
     )
@@ -308,12 +309,14 @@ def _effective(recipe: Recipe, settings: Settings, calibration: Corpus) -> Recip
     )
 
 
-def _calibration_at_once(recipe: Recipe, skeleton: Skeleton, calibration: Corpus) -> int:
-    """All windows where their activations in one layer fit the stated memory, else fewer.
+def _may_wait(
+    memory: int, skeleton: Skeleton, streams: int, calibration: Corpus, at_once: int
+) -> bool:
+    """Whether forwards of all calibration windows fit in the stated memory while they wait.
 
     Decided by the recipe alone and never by what happens to be free, so that the same recipe
     makes the same bytes on any day.
     """
     windows, length = calibration.tokens.shape
-    room = recipe.memory - layer_bytes(skeleton)
-    return int(max(1, min(windows, room // (length * token_bytes(skeleton)))))
+    waiting = streams * windows * length * waiting_bytes(skeleton)
+    return working_bytes(skeleton, at_once * length) + waiting <= memory

@@ -431,7 +431,8 @@ class PlanSummary:
     strategies: tuple[str, ...] = ()
     quantizer: str = ""
     corpora: tuple[str, ...] = ()
-    calibration_at_once: int = 0
+    at_once: int = 0
+    waiting: bool = True
     units: tuple[PlannedUnit, ...] = ()
     bytes_in: int = 0
     bytes_out: int = 0

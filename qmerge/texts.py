@@ -14,8 +14,8 @@ from qmerge.recipe import EvalText, Scoring
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-EVALUATION_TOKENS = 4096
-"""Tokens of an evaluation text that go through a layer at once."""
+TOKENS_AT_ONCE = 4096
+"""Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
 
 
 def tokenizer_home(base: Path, *adapters: Path | None) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -104,9 +104,10 @@ class Walk:
             for strategy in self.job.strategies:
                 key = calibration_key(strategy)
                 self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
-                arm = merged_arm(strategy) if self.job.change is not None else REFERENCE
-                tokens = self.job.calibration.tokens
-                self._enter(self.frames[arm], reference_key(strategy), tokens)
+                if self.job.settings.asymmetric:
+                    arm = merged_arm(strategy) if self.job.change is not None else REFERENCE
+                    tokens = self.job.calibration.tokens
+                    self._enter(self.frames[arm], reference_key(strategy), tokens)
         self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def layer(self, unit: Unit) -> None:
@@ -190,7 +191,7 @@ class Walk:
         with self._timed("evaluate"):
             for corpus in self.job.evaluation:
                 key = key_of(NOISE, corpus.name)
-                at_once = self.job.evaluation_at_once
+                at_once = self.job.at_once
                 call = self.calls[unit.index]
                 advance(layer, self.streams, key, call, at_once, None, self.rounding)
 
@@ -208,7 +209,7 @@ class Walk:
                     self.streams,
                     key_of(arm, corpus.name),
                     self.calls[unit.index],
-                    self.job.evaluation_at_once,
+                    self.job.at_once,
                     key_of(REFERENCE, corpus.name) if arm != REFERENCE else None,
                 )
                 result.drift[arm][0] += distance
@@ -244,17 +245,17 @@ class Walk:
         )
         key, twin = calibration_key(strategy), reference_key(strategy)
         calibration = Calibration(
-            read=lambda start, stop: self.streams.read(key, start, stop).to(self.job.device),
-            read_reference=lambda start, stop: self.streams.read(twin, start, stop).to(
-                self.job.device
-            ),
+            read=self._reader(key),
+            read_reference=self._reader(twin) if self.job.settings.asymmetric else None,
             windows=self.job.calibration.tokens.shape[0],
-            at_once=self.job.calibration_at_once,
+            at_once=self.job.at_once,
+            waiting=self.job.waiting,
         )
         with self._timed("requantize"):
             for hidden, expected in work.run(calibration, self.calls[unit.index]):
                 self.streams.append(key, hidden)
-                self.streams.append(twin, expected)
+                if expected is not None:
+                    self.streams.append(twin, expected)
         self._advance(unit, release_arm(strategy), layer, result)
         result.linears[strategy] = [
             replace(work.results[name], name=join(unit.path, name))
@@ -271,6 +272,9 @@ class Walk:
             packed = pack(weight, self.job.settings.format)
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
         return tensors
+
+    def _reader(self, key: str) -> Callable[[int, int], torch.Tensor]:
+        return lambda start, stop: self.streams.read(key, start, stop).to(self.job.device)
 
     def _weights(self, unit: Unit, merged: Tensors, origin: Tensors) -> dict[str, Weight]:
         return {
@@ -304,7 +308,7 @@ class Walk:
 
     def _enter(self, frame: Frame, key: str, tokens: torch.Tensor) -> None:
         self.progress.doing(key.replace("@", " by "))
-        for start, stop in batches(tokens.shape[0], self.job.evaluation_at_once):
+        for start, stop in batches(tokens.shape[0], self.job.at_once):
             self.streams.append(key, frame.enter(tokens[start:stop])[0])
 
     def _outer_tensors(self, unit: Unit, strategy: str) -> dict[str, torch.Tensor]:
@@ -449,7 +453,9 @@ def _streams(job: Job) -> dict[str, Stream]:
     for strategy in job.strategies:
         windows, length = job.calibration.tokens.shape
         calibrated = Stream(windows=windows, length=length, width=width)
-        found[calibration_key(strategy)] = found[reference_key(strategy)] = calibrated
+        found[calibration_key(strategy)] = calibrated
+        if job.settings.asymmetric:
+            found[reference_key(strategy)] = calibrated
     return found
 
 

@@ -91,7 +91,7 @@ FILES = {
     ),
     "gptq": ("grid", "factor", "hessian", "target", "solver", "refine", "update"),
     "measure": ("tokens", "statistics", "pairing", "survival", "remedy", "worst", "gate"),
-    "model": ("skeleton", "layer", "residual", "frame", "weights", "opening", "streams"),
+    "model": ("skeleton", "layer", "paused", "residual", "frame", "weights", "opening", "streams"),
     "stages": ("substitute", "evaluate", "merge", "remedies", "requantize"),
     "report": (
         "words",

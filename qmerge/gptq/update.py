@@ -48,7 +48,7 @@ class Update:
     `anchored_loss` what the first pass would have lost with all rows on one grid, None where that
     was not tried. `kappa` says how far the target was pushed out. `survival` is ⟨E, D⟩_H / ⟨D, D⟩_H
     for E = weight − origin and D = merged − origin, `noise` is ‖E − D‖²_H / ‖D‖²_H; None where the
-    adapter changed nothing that H can see.
+    adapter changed nothing that H can see. `energy` is ⟨D, D⟩_H.
     """
 
     solution: Solution
@@ -56,6 +56,7 @@ class Update:
     fresh_loss: float | None
     anchored_loss: float | None
     kappa: float
+    energy: float
     survival: float | None
     noise: float | None
 
@@ -244,6 +245,7 @@ class _Stack:
                     fresh_loss=None if fresh_P is None else float(fresh_P[part]),
                     anchored_loss=None if based_P is None else float(based_P[part]),
                     kappa=float(kappa_P[part]),
+                    energy=energy,
                     survival=float(kept_P[part]) / energy if energy > 0 else None,
                     noise=float(noise_P[part]) / energy if energy > 0 else None,
                 )

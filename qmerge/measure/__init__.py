@@ -5,7 +5,13 @@ from __future__ import annotations
 from qmerge.measure.gate import Limits, check_limits, limits_of
 from qmerge.measure.pairing import compare_results, pair
 from qmerge.measure.statistics import paired_estimate, score_arms
-from qmerge.measure.survival import linear_survival, pool_survival, relative_error
+from qmerge.measure.survival import (
+    linear_survival,
+    output_power,
+    pool_survival,
+    relative_error,
+    survival_of,
+)
 from qmerge.measure.tokens import TokenAccumulator, TokenStats, join
 from qmerge.measure.worst import worst_windows
 
@@ -18,10 +24,12 @@ __all__ = [
     "join",
     "limits_of",
     "linear_survival",
+    "output_power",
     "pair",
     "paired_estimate",
     "pool_survival",
     "relative_error",
     "score_arms",
+    "survival_of",
     "worst_windows",
 ]

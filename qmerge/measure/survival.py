@@ -33,14 +33,42 @@ def linear_survival(
     weight. Codes are compared where both are given with one shape. All figures are None where the
     adapter changed nothing, survival and noise also where its change is invisible to H.
     """
-    kept = energy = error = squares = 0.0
+    kept = energy = error = 0.0
     for part in _parts(base_OI):
         update = merged_OI[part].float() - base_OI[part].float()
         left = release_OI[part].float() - base_OI[part].float()
         kept += inner(left, update, H_II)
         energy += inner(update, update, H_II)
         error += inner(left - update, left - update, H_II)
-        squares += float(update.double().square().sum())
+    return survival_of(
+        base_OI,
+        merged_OI,
+        mean_step,
+        energy=energy,
+        kept=kept,
+        error=error,
+        codes_OI=codes_OI,
+        base_codes_OI=base_codes_OI,
+    )
+
+
+def survival_of(
+    base_OI: Tensor,
+    merged_OI: Tensor,
+    mean_step: float,
+    *,
+    energy: float,
+    kept: float,
+    error: float,
+    codes_OI: Tensor | None = None,
+    base_codes_OI: Tensor | None = None,
+) -> Survival:
+    """The same from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for the update D
+    and what the release has of it, E."""
+    squares = sum(
+        float((merged_OI[part].double() - base_OI[part].double()).square().sum())
+        for part in _parts(base_OI)
+    )
     if squares == 0.0:
         return Survival()
     rms = math.sqrt(squares / base_OI.numel())
@@ -61,13 +89,17 @@ def linear_survival(
 
 def relative_error(merged_OI: Tensor, release_OI: Tensor, H_II: Tensor) -> float | None:
     """||(W - Q) X||^2 / ||W X||^2, None for a linear without output on the calibration text."""
-    error = power = 0.0
+    error = 0.0
     for part in _parts(merged_OI):
-        weight = merged_OI[part].float()
-        difference = weight - release_OI[part].float()
+        difference = merged_OI[part].float() - release_OI[part].float()
         error += inner(difference, difference, H_II)
-        power += inner(weight, weight, H_II)
+    power = output_power(merged_OI, H_II)
     return error / power if power > 0 else None
+
+
+def output_power(weight_OI: Tensor, H_II: Tensor) -> float:
+    """||W X||^2, the mean squared output over tokens, summed over outputs."""
+    return sum(inner(weight_OI[part], weight_OI[part], H_II) for part in _parts(weight_OI))
 
 
 def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:

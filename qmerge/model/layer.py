@@ -53,9 +53,14 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def run(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
-    """One forward of one layer; models that return tuples put the hidden states first."""
+    """One forward of one layer."""
     with torch.inference_mode():
-        output = layer(hidden_WSH, *call.args, **call.kwargs)
+        return forward(layer, hidden_WSH, call)
+
+
+def forward(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
+    """The same in the mode of whoever asks; models that return tuples put hidden states first."""
+    output = layer(hidden_WSH, *call.args, **call.kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, torch.Tensor)
     return result

@@ -8,8 +8,7 @@ W: windows, S: tokens of a window, H: hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,23 +66,3 @@ def _added_to(output: torch.Tensor, seen: list[tuple[str, torch.Tensor]]) -> str
             if after.shape == total.shape and torch.equal(after, total):
                 return place
     return None
-
-
-@contextmanager
-def reading(layer: nn.Module, places: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
-    """While a forward runs, the streams that these linears are added to, by linear."""
-    streams: dict[str, torch.Tensor] = {}
-
-    def note(names: list[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, inputs: streams.update(dict.fromkeys(names, inputs[0]))
-
-    handles = []
-    for place in set(places.values()):
-        names = [name for name, own in places.items() if own == place]
-        module = layer.get_submodule(place) if place else layer
-        handles.append(module.register_forward_pre_hook(note(names)))
-    try:
-        yield streams
-    finally:
-        for handle in handles:
-            handle.remove()

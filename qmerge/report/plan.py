@@ -60,5 +60,6 @@ def _needs(plan: PlanSummary) -> list[str]:
         f"reads {size(plan.bytes_in)}, writes {size(plan.bytes_out)}",
         f"needs {size(plan.memory_bytes)} of memory beside the libraries, "
         f"{size(plan.disk_bytes)} of disk while it runs",
-        f"calibration: {plan.calibration_at_once} windows at once through a layer",
+        f"calibration: {plan.at_once} windows at once, "
+        + ("one forward of each layer" if plan.waiting else "a forward for each group of linears"),
     ]

@@ -1,8 +1,9 @@
 """Quantize one decoder layer while the calibration set passes through it.
 
-Each linear is quantized at its first touch: when a forward reaches it, its input has been made by
-the quantized linears before it, which is GPTQ's true sequence for the price of one forward. Where
-the set does not fit in memory both layers are run in micro-batches up to each group of linears.
+Each linear is quantized at its first touch: forwards of all micro-batches wait before it, their
+inputs made by the quantized linears before it, and go on once it is quantized. That is GPTQ's true
+sequence for the price of one forward. Where what waiting forwards hold does not fit in memory, they
+are run anew up to each group of linears.
 
 Beside the release's layer runs the reference: the same layer, merged and not quantized, on its own
 hidden states. What it feeds each linear, and what its residual stream has there, is what the
@@ -13,9 +14,8 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,10 +23,11 @@ from torch import nn
 from qmerge.formats.base import IntegerWeight
 from qmerge.gptq import Drift, Grid, Hessian, Update, expressible, solve_update
 from qmerge.job import Settings
+from qmerge.measure import output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
-from qmerge.measure.survival import linear_survival, relative_error
-from qmerge.model.layer import Call, Hidden, before_linears, run, sibling_groups
-from qmerge.model.residual import reading, residual_places
+from qmerge.model.layer import Call, Hidden, forward, sibling_groups
+from qmerge.model.paused import Forward, watched
+from qmerge.model.residual import residual_places
 from qmerge.results import LinearResult, Remedy, Survival
 from qmerge.stages.remedies import alternatives
 
@@ -47,30 +48,44 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Hidden states before this layer, the release's own and the reference's, and how many windows
-    go at once."""
+    """Hidden states before this layer, the release's own and the reference's.
+
+    `at_once` windows make a micro-batch; `waiting` says that the forwards of all of them may wait
+    in memory at one time. Without a reference, what is aimed at is the merged weight.
+    """
 
     read: ReadWindows
-    read_reference: ReadWindows
+    read_reference: ReadWindows | None
     windows: int
     at_once: int
-
-    @property
-    def whole(self) -> bool:
-        return self.at_once >= self.windows
+    waiting: bool
 
     def batches(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.windows, self.at_once):
             yield start, min(start + self.at_once, self.windows)
 
 
-@dataclass(kw_only=True)
-class Seen:
-    """What a layer fed its groups of linears in one forward: inputs by a group's first linear, and
-    residual streams by the linear whose output is added to them."""
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """The forwards of one micro-batch: through the release's layer, and through the reference's."""
 
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    streams: dict[str, torch.Tensor] = field(default_factory=dict)
+    release: Forward
+    reference: Forward | None
+
+    def reach(self, name: str) -> bool:
+        """Bring both to a linear; whether the release's got there."""
+        if self.reference is not None:
+            self.reference.reach(name)
+        return self.release.reach(name)
+
+    def finish(self) -> tuple[Hidden, Hidden | None]:
+        reference = self.reference.finish() if self.reference is not None else None
+        return self.release.finish(), reference
+
+    def drop(self) -> None:
+        for each in (self.release, self.reference):
+            if each is not None:
+                each.drop()
 
 
 @dataclass(kw_only=True)
@@ -81,19 +96,17 @@ class Moments:
     drift: Drift | None
     residual: Drift | None
 
-    def add(
-        self,
-        inputs: torch.Tensor,
-        reference: torch.Tensor | None,
-        stream: torch.Tensor | None,
-        reference_stream: torch.Tensor | None,
-    ) -> None:
-        """Add the same tokens of the release and of the reference."""
-        self.hessian.add(inputs)
-        if self.drift is not None and reference is not None:
-            self.drift.add(reference, inputs, inputs)
-        if self.residual is not None and stream is not None and reference_stream is not None:
-            self.residual.add(reference_stream, stream, inputs)
+    def add(self, pair: Pair) -> None:
+        """Add the tokens that both forwards bring to the linear they wait before."""
+        release, twin = pair.release, pair.reference
+        assert release.inputs is not None
+        self.hessian.add(release.inputs)
+        if twin is None or twin.at != release.at or twin.inputs is None:
+            return
+        if self.drift is not None:
+            self.drift.add(twin.inputs, release.inputs, release.inputs)
+        if self.residual is not None and release.stream is not None and twin.stream is not None:
+            self.residual.add(twin.stream, release.stream, release.inputs)
 
 
 class Requantizer:
@@ -117,93 +130,46 @@ class Requantizer:
         self._twins = {name: reference.get_submodule(name) for name in weights}
         self._places: dict[str, str] = {}
 
-    def run(self, calibration: Calibration, call: Call) -> Iterator[tuple[Hidden, Hidden]]:
+    def run(self, calibration: Calibration, call: Call) -> Iterator[tuple[Hidden, Hidden | None]]:
         """Quantize everything; outputs of the release's layer and of the reference's, in order."""
-        first = calibration.read_reference(0, 1)
+        first = calibration.read(0, 1)
         groups = sibling_groups(self._reference, first, call, self._twins)
-        if self._settings.asymmetric:
+        if calibration.read_reference is not None:
             places = residual_places(self._reference, first, call, self._twins)
             self._places = {name: place for name, place in places.items() if (name,) in groups}
-        if calibration.whole:
-            yield self._on_touch(groups, calibration, call)
-            return
-        for group in groups:
-            self._quantize(group, self._observe(group, calibration, call))
-        for start, stop in calibration.batches():
-            yield (
-                run(self._layer, calibration.read(start, stop), call),
-                run(self._reference, calibration.read_reference(start, stop), call),
-            )
-
-    def _on_touch(
-        self, groups: Sequence[Group], calibration: Calibration, call: Call
-    ) -> tuple[Hidden, Hidden]:
-        windows = calibration.windows
-        seen = Seen()
-        firsts = {group[0]: self._twins[group[0]] for group in groups}
-        with ExitStack() as stack:
-            if self._settings.asymmetric:
-                stack.enter_context(
-                    before_linears(self._reference, firsts, seen.inputs.__setitem__)
-                )
-                seen.streams = stack.enter_context(reading(self._reference, self._places))
-            reference = run(self._reference, calibration.read_reference(0, windows), call)
-        group_of = {name: group for group in groups for name in group}
-
-        def touch(name: str, inputs: torch.Tensor) -> None:
-            if name in self.packed:
-                return
-            group = group_of[name]
-            moments = self._moments(group)
-            twin = seen.inputs.pop(group[0], None)
-            stream = own.get(name)
-            moments.add(inputs, twin, stream, seen.streams.pop(name, None))
-            self._quantize(group, moments)
-
+        heads = [group[0] for group in groups]
+        stops = set(heads)
         with (
-            reading(self._layer, self._places) as own,
-            before_linears(self._layer, self._modules, touch),
+            watched(self._layer, {name: self._modules[name] for name in heads}, self._places),
+            watched(self._reference, {name: self._twins[name] for name in heads}, self._places),
         ):
-            output = run(self._layer, calibration.read(0, windows), call)
-        for group in groups:
-            if group[0] not in self.packed:
-                self._quantize(group, self._moments(group))
-        return output, reference
+            waiting = [*self._pairs(calibration, call, stops)] if calibration.waiting else None
+            for group in groups:
+                moments = self._moments(group)
+                for pair in waiting or self._pairs(calibration, call, {group[0]}):
+                    if pair.reach(group[0]):
+                        moments.add(pair)
+                    if not waiting:
+                        pair.drop()
+                self._quantize(group, moments)
+                stops.remove(group[0])
+            for pair in waiting or self._pairs(calibration, call, stops):
+                yield pair.finish()
 
-    def _observe(self, group: Group, calibration: Calibration, call: Call) -> Moments:
-        """A group's moments over all micro-batches, each run only as far as the group."""
-        moments = self._moments(group)
+    def _pairs(
+        self, calibration: Calibration, call: Call, stops: Collection[str]
+    ) -> Iterator[Pair]:
+        """Forwards of every micro-batch, not yet begun."""
+
+        def through(layer: nn.Module, read: ReadWindows, start: int, stop: int) -> Forward:
+            return Forward(lambda: forward(layer, read(start, stop), call), stops)
+
         for start, stop in calibration.batches():
-            own = self._peek(self._layer, group, calibration.read(start, stop), call)
-            twin = Seen()
-            if self._settings.asymmetric:
-                hidden = calibration.read_reference(start, stop)
-                twin = self._peek(self._reference, group, hidden, call)
-            if group[0] in own.inputs:
-                moments.add(
-                    own.inputs[group[0]],
-                    twin.inputs.get(group[0]),
-                    own.streams.get(group[0]),
-                    twin.streams.get(group[0]),
-                )
-        return moments
-
-    def _peek(self, layer: nn.Module, group: Group, hidden: Hidden, call: Call) -> Seen:
-        """What one micro-batch brings to a group's first linear."""
-        seen = Seen()
-
-        def stop(name: str, inputs: torch.Tensor) -> None:
-            seen.inputs[name] = inputs
-            raise _FarEnough
-
-        place = {name: where for name, where in self._places.items() if name == group[0]}
-        first = {group[0]: layer.get_submodule(group[0])}
-        with reading(layer, place) as streams, before_linears(layer, first, stop):
-            try:
-                run(layer, hidden, call)
-            except _FarEnough:
-                seen.streams = streams
-        return seen
+            beside = calibration.read_reference
+            yield Pair(
+                release=through(self._layer, calibration.read, start, stop),
+                reference=through(self._reference, beside, start, stop) if beside else None,
+            )
 
     def _moments(self, group: Group) -> Moments:
         weight = self._weights[group[0]].merged_OI
@@ -276,6 +242,7 @@ class Requantizer:
             group_size=spec.group_size,
             symmetric=spec.symmetric,
         )
+        power = output_power(weight.merged_OI, H_II)
         lost = f"{dropped} calibration tokens were not finite" if dropped else None
         self.results[name] = LinearResult(
             name=name,
@@ -285,10 +252,10 @@ class Requantizer:
             anchored=update.anchored,
             kappa=update.kappa,
             loss=solution.loss,
-            error=relative_error(weight.merged_OI, solution.weight_OI, H_II),
+            error=solution.loss / power if power > 0 else None,
             damping=solution.damping,
             fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
-            survival=_survival(weight, update, H_II),
+            survival=_survival(weight, update),
         )
 
 
@@ -316,18 +283,15 @@ def _grid_name(anchored: float) -> str:
     return {0.0: "fresh", 1.0: "anchored"}.get(anchored, f"{100 * anchored:.0f}% anchored")
 
 
-def _survival(weight: Weight, update: Update, H_II: torch.Tensor) -> Survival:
-    solution = update.solution
-    return linear_survival(
+def _survival(weight: Weight, update: Update) -> Survival:
+    solution, energy = update.solution, update.energy
+    return survival_of(
         weight.origin_OI,
         weight.merged_OI,
-        solution.weight_OI,
-        H_II,
         float(solution.scales_OG.float().mean()),
+        energy=energy,
+        kept=(update.survival or 0.0) * energy,
+        error=solution.loss,
         codes_OI=solution.codes_OI,
         base_codes_OI=weight.base.codes_OI if weight.base is not None else None,
     )
-
-
-class _FarEnough(Exception):
-    """Ends a forward at the linear whose input was wanted."""

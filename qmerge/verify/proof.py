@@ -240,7 +240,7 @@ class _Text:
         return self.release.shape(join(unit.path, name) + WEIGHT)[1]
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        return batches(self.streams.stream(TEXT).windows, self.job.calibration_at_once)
+        return batches(self.streams.stream(TEXT).windows, self.job.at_once)
 
 
 def _recipe(folder: Path, result: RunResult, against: Against) -> Recipe:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qmerge.model.frame import Frame
-from qmerge.model.layer import fill, linears, run
-from qmerge.model.residual import LAYER_INPUT, reading, residual_places
+from qmerge.model.layer import fill, forward, linears
+from qmerge.model.paused import Forward, watched
+from qmerge.model.residual import LAYER_INPUT, residual_places
 from tests.model.test_frame import State, layer_weights, parts
 
 PRE_NORM = {"self_attn.o_proj": LAYER_INPUT, "mlp.down_proj": "post_attention_layernorm"}
@@ -35,11 +36,14 @@ def test_what_is_read_is_what_the_output_is_added_to() -> None:
     hidden, calls = Frame(skeleton, State(model)).enter(torch.arange(8)[None])
     layer = skeleton.layer(0)
     fill(layer, layer_weights(model, skeleton.layer_path(0)))
-    outputs = []
     down = layer.get_submodule("mlp.down_proj")
-    handle = down.register_forward_hook(lambda _m, _i, output: outputs.append(output))
-    with reading(layer, PRE_NORM) as streams:
-        last = run(layer, hidden, calls[0])
-    handle.remove()
-    assert torch.equal(streams["self_attn.o_proj"], hidden)
-    assert torch.equal(streams["mlp.down_proj"] + outputs[0], last)
+    before = {name: layer.get_submodule(name) for name in PRE_NORM}
+    with watched(layer, before, PRE_NORM):
+        passing = Forward(lambda: forward(layer, hidden, calls[0]), before)
+        assert passing.reach("self_attn.o_proj")
+        assert passing.stream is hidden
+        before.pop("self_attn.o_proj")
+        assert passing.reach("mlp.down_proj")
+        inputs, stream = passing.inputs, passing.stream
+        last = passing.finish()
+    assert torch.equal(stream + down(inputs), last)

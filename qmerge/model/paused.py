@@ -1,0 +1,116 @@
+"""Forwards of one layer that pause before its linears.
+
+GPTQ needs a linear's input made by the quantized linears before it. A forward that waits at a
+linear until that is quantized, and then goes on with it, has to be run only once; meanwhile
+others run as far, each holding no more than a layer keeps at that place.
+
+W: windows, S: tokens of a window, H: hidden width, I: in features of the linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from qmerge.model.layer import Hidden
+
+
+class Forward(greenlet):
+    """A micro-batch [W, S, H] on its way through a layer whose pauses are `watched`.
+
+    `begin` runs it. It waits before the linears in `stops`, which may shrink meanwhile. `at` is the
+    one that it waits before, `inputs` [W, S, I] what that is about to read, and `stream` the
+    residual stream that its output will be added to, if any.
+    """
+
+    def __init__(self, begin: Callable[[], Hidden], stops: Collection[str]) -> None:
+        super().__init__()
+        self.at: str | None = None
+        self.inputs: torch.Tensor | None = None
+        self.streams: dict[str, torch.Tensor] = {}
+        self._begin = begin
+        self._stops = stops
+        self._output: Hidden | None = None
+
+    def run(self) -> None:
+        self._output = self._begin()
+
+    @property
+    def stream(self) -> torch.Tensor | None:
+        return self.streams.get(self.at) if self.at else None
+
+    def reach(self, name: str) -> bool:
+        """Go on to the next stop unless waiting at one; whether that is `name`."""
+        if self.at not in self._stops and not self.dead:
+            self._go_on()
+        return self.at == name
+
+    def finish(self) -> Hidden:
+        """Go on to the end, past any stop; what the layer puts out, told once."""
+        while not self.dead:
+            self._go_on()
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+    def drop(self) -> None:
+        """End it where it waits."""
+        if not self.dead:
+            self.throw()
+
+    def passes(self, name: str, inputs: torch.Tensor) -> None:
+        """Called inside the forward, before a watched linear."""
+        if name in self._stops:
+            self.at, self.inputs = name, inputs
+            assert self.parent is not None
+            self.parent.switch()
+
+    def _go_on(self) -> None:
+        self.at = self.inputs = None
+        # Entered at every switch: a mode that a forward entered by itself would outlast its pause.
+        with torch.inference_mode():
+            self.switch()
+
+
+@contextmanager
+def watched(
+    layer: nn.Module, before: Mapping[str, nn.Module], places: Mapping[str, str]
+) -> Iterator[None]:
+    """While this lasts, every `Forward` of the layer pauses `before` its linears.
+
+    `places` names the modules whose input is the residual stream that a linear's output is added
+    to, by linear (`residual_places`).
+    """
+
+    def pause(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            current = getcurrent()
+            if isinstance(current, Forward):
+                current.passes(name, inputs[0])
+
+        return hook
+
+    def note(names: list[str]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            current = getcurrent()
+            if isinstance(current, Forward):
+                current.streams.update(dict.fromkeys(names, inputs[0]))
+
+        return hook
+
+    handles = []
+    for place in dict.fromkeys(places.values()):
+        names = [name for name, own in places.items() if own == place]
+        module = layer.get_submodule(place) if place else layer
+        handles.append(module.register_forward_pre_hook(note(names)))
+    handles += [module.register_forward_pre_hook(pause(name)) for name, module in before.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,73 @@
+"""Waiting for a linear and running up to it anew are the same calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qmerge.gptq import GridSpec
+from qmerge.job import Settings
+from qmerge.model.frame import Frame
+from qmerge.model.layer import fill, linears, run
+from qmerge.stages.requantize import Calibration, Requantizer, Weight
+from tests.model.test_frame import State, layer_weights, parts
+
+WINDOWS = 6
+SETTINGS = Settings(
+    spec=GridSpec(group_size=-1),
+    order="group",
+    damping=0.01,
+    format="gptq",
+    grid="auto",
+    unit_survival=True,
+    asymmetric=True,
+)
+
+
+def requantized(
+    name: str, settings: Settings, *, waiting: bool
+) -> tuple[Requantizer, list[torch.Tensor], torch.nn.Module, torch.Tensor]:
+    """Layer 0 of a random model, its calibration outputs, and the layer as it came out."""
+    model, skeleton = parts(name)
+    weights = layer_weights(model, skeleton.layer_path(0))
+    hidden, calls = Frame(skeleton, State(model)).enter(torch.arange(96).reshape(WINDOWS, 16) % 90)
+    drifted = hidden + 0.01 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    layer, reference = skeleton.layer(0), skeleton.layer(0)
+    fill(layer, weights)
+    fill(reference, weights)
+    work = Requantizer(
+        layer,
+        reference,
+        {
+            name: Weight(merged_OI=m.weight, origin_OI=m.weight * 0.9, base=None)
+            for name, m in linears(reference).items()
+        },
+        settings,
+    )
+    calibration = Calibration(
+        read=lambda start, stop: drifted[start:stop],
+        read_reference=(lambda start, stop: hidden[start:stop]) if settings.asymmetric else None,
+        windows=WINDOWS,
+        at_once=4,
+        waiting=waiting,
+    )
+    outputs = [own for own, _ in work.run(calibration, calls[0])]
+    return work, outputs, layer, run(layer, drifted, calls[0])
+
+
+@pytest.fixture(params=["asymmetric", "symmetric"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return replace(SETTINGS, asymmetric=request.param == "asymmetric")
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Phi3", "GPTNeoX"])
+def test_both_ways_give_the_same_codes(name: str, settings: Settings) -> None:
+    once, outputs, layer, plain = requantized(name, settings, waiting=True)
+    anew, *_ = requantized(name, settings, waiting=False)
+    assert once.packed.keys() == linears(layer).keys()
+    for linear, weight in once.packed.items():
+        assert torch.equal(weight.codes_OI, anew.packed[linear].codes_OI), linear
+        assert torch.equal(weight.scales_OG, anew.packed[linear].scales_OG), linear
+    assert torch.allclose(torch.cat(outputs), plain, atol=1e-5)
