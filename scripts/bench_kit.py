@@ -1,0 +1,137 @@
+"""What the benchmarks share: models to work on, and processes whose time and memory is taken.
+
+A contender is a function that runs in a process of its own, so that its peak memory is its own. It
+comes back with seconds and with the peak of resident memory above what its imports alone took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+VOCABULARY = 8192
+MARK = "taken: "
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one contender took; memory in bytes."""
+
+    seconds: float
+    process_seconds: float
+    memory: int
+    imports: int
+
+
+def peak() -> int:
+    """The most memory that this process has had resident, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    raise OSError("no VmHWM in /proc/self/status")
+
+
+@contextmanager
+def taking() -> Iterator[None]:
+    """Around a contender's work, once all it needs has been imported; told to `contend`."""
+    imports, began = peak(), time.perf_counter()
+    yield
+    taken = {"seconds": time.perf_counter() - began, "memory": peak() - imports, "imports": imports}
+    print(MARK + json.dumps(taken), flush=True)
+
+
+def contend(script: Path, name: str, *arguments: str, python: str = sys.executable) -> Taken:
+    """Run `script --contender NAME ARGUMENTS` under an interpreter of the contender's."""
+    command = [python, str(script), "--contender", name, *arguments]
+    began = time.perf_counter()
+    # gptqmodel's worker pool does not start with fewer than two.
+    environment = {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    seconds = time.perf_counter() - began
+    told = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not told:
+        raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return Taken(process_seconds=seconds, **json.loads(told[-1].removeprefix(MARK)))
+
+
+def dispatch(contenders: Mapping[str, Callable[..., None]]) -> bool:
+    """Whether this process is a contender; its function is called with the other arguments."""
+    if sys.argv[1:2] != ["--contender"]:
+        return False
+    contenders[sys.argv[2]](*sys.argv[3:])
+    return True
+
+
+def table(rows: Mapping[str, Taken], ours: str) -> Iterator[str]:
+    """Seconds and MiB of each, and as a multiple of ours."""
+    own = rows[ours]
+    yield f"{'':<28}{'work':>9}{'process':>10}{'memory':>11}{'imports':>11}"
+    for name, took in rows.items():
+        yield (
+            f"{name:<28}{took.seconds:>7.1f} s{took.process_seconds:>8.1f} s"
+            f"{took.memory >> 20:>7} MiB{took.imports >> 20:>7} MiB"
+            f"   qmerge's is {own.seconds / took.seconds:.2f} of the time,"
+            f" {own.memory / took.memory:.2f} of the memory"
+        )
+
+
+def record(rows: Mapping[str, Taken]) -> str:
+    return json.dumps({name: asdict(took) for name, took in rows.items()}, indent=2)
+
+
+def topics() -> list[str]:
+    """English text that every Python has."""
+    from qmerge.demo import reference_topics
+
+    return list(reference_topics().values())
+
+
+def write_text(file: Path) -> Path:
+    file.write_text("\n\n".join(topics()), encoding="utf-8")
+    return file
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of the interpreter's own text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(topics(), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="!").save_pretrained(folder)
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """The shape of Qwen3-0.6B with random weights, fewer layers and a small vocabulary."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="200MB")
