@@ -30,6 +30,7 @@ class Settings:
     format: OutputFormat
     grid: GridChoice
     unit_survival: bool
+    refine: bool
     asymmetric: bool
 
     @property

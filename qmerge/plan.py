@@ -232,6 +232,7 @@ def _settings(recipe: Recipe, base: Weights) -> Settings:
         damping=recipe.damping,
         grid=recipe.grid,
         unit_survival=recipe.unit_survival,
+        refine=recipe.refine,
         asymmetric=recipe.objective == "asymmetric",
         format=recipe.format or ("gptq" if symmetric else "gptq_v2"),
     )

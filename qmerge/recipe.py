@@ -284,6 +284,13 @@ class Recipe(Scoring):
         "Push the target out until the adapter's update survives rounding whole.",
         flag="--unit-survival/--no-unit-survival",
     )
+    refine: bool = option(
+        True,
+        SWITCH,
+        "Quantizer",
+        "Refit steps once codes are chosen, and round again on them.",
+        flag="--refine/--no-refine",
+    )
     objective: Objective = option(
         "asymmetric",
         choice("asymmetric", "symmetric"),

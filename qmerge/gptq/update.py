@@ -7,8 +7,8 @@ update:
   base has no error, and each row goes on with the one of less loss.
 - Rounding shrinks a small update, and the shrinkage adds up over layers where noise does not. The
   target is pushed out by a factor κ that undoes what the first pass lost (*unit survival*).
-- Steps are refitted once codes are chosen and the columns rounded again on them; the last refit
-  sets the update's survival to one.
+- Steps are refitted once codes are chosen and the columns rounded again on them (*refining*); the
+  last refit sets the update's survival to one.
 
 Every grid is given before its pass, so columns are rounded in the order that is best for the loss,
 whatever groups the release can express.
@@ -73,6 +73,7 @@ def solve_update(
     base: Grid | None = None,
     grid: GridChoice = "auto",
     unit_survival: bool = True,
+    refine: bool = True,
     drift_II: Tensor | None = None,
     residual_OI: Tensor | None = None,
 ) -> tuple[Update, ...]:
@@ -80,9 +81,10 @@ def solve_update(
 
     `origin_OI` is what the adapter was merged onto and `base` the grid that it lies on, if any; a
     grid that the release cannot express is passed over. A sibling that the adapter left alone keeps
-    the base's codes where its grid may be used. `drift_II` and `residual_OI`, each with the two
-    halves of `Drift.mean` in front, move the target (see `target`); without them it is the merged
-    weight itself. Raises InputError for a weight that is not finite.
+    the base's codes where its grid may be used. Without `refine` steps stay as they were chosen
+    before rounding, and κ alone brings survival near to one. `drift_II` and `residual_OI`, each
+    with the two halves of `Drift.mean` in front, move the target (see `target`); without them it is
+    the merged weight itself. Raises InputError for a weight that is not finite.
     """
     width = merged_OI.shape[1]
     usable = base if grid != "fresh" and base and expressible(base, spec, order, width) else None
@@ -90,7 +92,7 @@ def solve_update(
     target_OI = stack.target(drift_II, residual_OI)
     if usable is not None and grid == "anchored":
         return stack.on_base(target_OI, usable, unit_survival)
-    return stack.on_either(target_OI, unit_survival)
+    return stack.on_either(target_OI, unit_survival, refine)
 
 
 def expressible(base: Grid, spec: GridSpec, order: Order, width: int) -> bool:
@@ -128,7 +130,8 @@ class _Stack:
         self.merged_OI, self.origin_OI = merged_OI.to(dtype), origin_OI.to(dtype)
         self.update_OI = self.merged_OI - self.origin_OI
         self.H_II = torch.zeros_like(H_II) if self.factor.is_nearest else H_II
-        self.moved_OI = self.update_OI @ self.H_II
+        still = not bool(self.update_OI.any())
+        self.moved_OI = self.update_OI if still else self.update_OI @ self.H_II
         self.energy_P = self.along_update(self.update_OI)
         alone_P = per_part(self.update_OI.abs().sum(1), rows) == 0
         self.kept_O = per_row(alone_P, rows) & (base is not None)
@@ -162,18 +165,20 @@ class _Stack:
             found = solve(self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=base)
         return self.updates(found, torch.ones_like(self.kept_O), None, loss_P, kappa_P)
 
-    def on_either(self, target_OI: Tensor, unit_survival: bool) -> tuple[Update, ...]:
+    def on_either(self, target_OI: Tensor, unit_survival: bool, refine: bool) -> tuple[Update, ...]:
         """Each row's codes on the better of two grids, with steps refitted to them."""
         found, based_O, fresh_P, based_P = self.first_pass(target_OI)
         kappa_P = torch.ones_like(self.energy_P)
-        if not self.factor.is_nearest:
+        unit_survival = unit_survival and bool((self.energy_P > 0).any())
+        if not self.factor.is_nearest and (unit_survival or refine):
             if unit_survival:
                 kappa_P = self.push(target_OI, found, kappa_P, FURTHEST)
-            found = self.refitted(target_OI, found, whole=False)
-            again = solve(
-                self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=grid_of(found)
-            )
-            found = self.refitted(target_OI, again, whole=unit_survival)
+            if refine:
+                found = self.refitted(target_OI, found, whole=False)
+            pushed_OI = self.pushed(target_OI, kappa_P)
+            found = solve(pushed_OI, self.factor, self.spec, grid=grid_of(found))
+            if refine:
+                found = self.refitted(target_OI, found, whole=unit_survival)
         return self.updates(found, based_O, fresh_P, based_P, kappa_P)
 
     def first_pass(self, target_OI: Tensor) -> tuple[Solution, Tensor, Tensor, Tensor | None]:

@@ -208,6 +208,7 @@ class Requantizer:
             base=_base_grid([weight.base for weight in weights], settings),
             grid=settings.grid,
             unit_survival=settings.unit_survival,
+            refine=settings.refine,
             drift_II=moments.drift.mean() if moments.drift else None,
             residual_OI=moments.residual.mean() if moments.residual else None,
         )

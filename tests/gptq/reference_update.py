@@ -71,6 +71,7 @@ def requantize(
     target: Tensor,
     base: tuple[Tensor, Tensor, Tensor] | None,
     unit_survival: bool,
+    refine: bool = True,
     order: str = "full",
     dtype: torch.dtype = torch.float16,
 ) -> Wanted:
@@ -112,13 +113,17 @@ def requantize(
         kept = inner((weight - origin)[own], H, update[own]) / energy
         shrinkage = min(max(kept / (beside + 1), 1 / 1.3), 1)
         kappa[part] = min(max(1 + (1 - kept) / shrinkage, 1 / 1.3), 1.3)
-    scales = refit(target, codes, scales, zeros, g_idx, damped, [], dtype)
+    if not refine and not unit_survival:
+        return Wanted(codes, scales, zeros, weight, based, kappa)
+    if refine:
+        scales = refit(target, codes, scales, zeros, g_idx, damped, [], dtype)
     pushed = target + (kappa[parts] - 1)[:, None] * update
     codes, _, _ = rounded(pushed, (scales, zeros, g_idx))
     conditions = []
     for part in range(len(rows)) if unit_survival else ():
         direction = (update @ H) * (parts == part)[:, None]
         conditions.append((direction, float((direction * merged).sum())))
-    scales = refit(target, codes, scales, zeros, g_idx, damped, conditions, dtype)
+    if refine:
+        scales = refit(target, codes, scales, zeros, g_idx, damped, conditions, dtype)
     weight = scales[:, g_idx] * (codes - zeros[:, g_idx])
     return Wanted(codes, scales, zeros, weight, based, kappa)

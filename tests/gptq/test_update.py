@@ -33,8 +33,9 @@ def given(base: reference.Reference) -> Grid:
 
 @pytest.mark.parametrize(("bits", "symmetric", "anchor", "size"), OPTIONS)
 @pytest.mark.parametrize("unit_survival", [True, False])
+@pytest.mark.parametrize("refine", [True, False])
 def test_equals_naive_float64(
-    bits: int, symmetric: bool, anchor: bool, size: float, unit_survival: bool
+    bits: int, symmetric: bool, anchor: bool, size: float, unit_survival: bool, refine: bool
 ) -> None:
     H = second_moment(WIDTH, seed=2)
     base = base_of(H, bits, symmetric)
@@ -49,6 +50,7 @@ def test_equals_naive_float64(
         rows=ROWS,
         base=given(base) if anchor else None,
         unit_survival=unit_survival,
+        refine=refine,
         drift_II=drift,
         residual_OI=residual,
     )
@@ -63,6 +65,7 @@ def test_equals_naive_float64(
         target=aim(merged, factor(H, order="full"), drift, residual),
         base=(base.scales, base.zeros, base.g_idx) if anchor else None,
         unit_survival=unit_survival,
+        refine=refine,
     )
     for tensor, own in (("codes_OI", wanted.codes), ("zeros_OG", wanted.zeros)):
         stacked = torch.cat([getattr(update.solution, tensor) for update in found])

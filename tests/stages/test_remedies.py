@@ -24,6 +24,7 @@ PLAIN = Settings(
     format="gptq",
     grid="auto",
     unit_survival=True,
+    refine=True,
     asymmetric=True,
 )
 

@@ -22,6 +22,7 @@ SETTINGS = Settings(
     format="gptq",
     grid="auto",
     unit_survival=True,
+    refine=True,
     asymmetric=True,
 )
 
