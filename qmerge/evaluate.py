@@ -40,6 +40,7 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
+from qmerge.tuning import misfit_fault
 
 SHARDS = ".safetensors"
 
@@ -140,7 +141,10 @@ def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Mo
     probe(skeleton)
     injection = None
     if asked.adapter is not None:
-        injection = inject(skeleton.model, open_adapter(asked.adapter), allow_noop=True)
+        opened = open_adapter(asked.adapter)
+        if opened.misfit and weights.format.summary.quantized:
+            faults.found.append(misfit_fault(opened, weights.format.name))
+        injection = inject(skeleton.model, opened, allow_noop=True)
         faults.found += injection.faults
     return Model(asked=asked, skeleton=skeleton, weights=weights, injection=injection)
 

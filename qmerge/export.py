@@ -31,6 +31,7 @@ from qmerge.storage.shards import (
     write_shard,
 )
 from qmerge.texts import tokenizer_home
+from qmerge.tuning import misfit_fault
 from qmerge.workspace import partial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +55,7 @@ def export(
     if out.exists():
         raise InputError(f"{out} exists", hint="name a folder that does not exist yet")
     skeleton, weights = open_model(base, trust_remote_code=trust_remote_code)
-    injection = _inject(skeleton, adapter)
+    injection = _inject(skeleton, weights, adapter)
     target = DTYPES[dtype] if dtype else model_dtype(weights.checkpoint.config)
     units = skeleton.units()
     with _staged(out) as folder:
@@ -82,10 +83,13 @@ def export(
     }
 
 
-def _inject(skeleton: Skeleton, adapter: Path | None) -> Injection | None:
+def _inject(skeleton: Skeleton, weights: Weights, adapter: Path | None) -> Injection | None:
     if adapter is None:
         return None
-    injection = inject(skeleton.model, open_adapter(adapter))
+    opened = open_adapter(adapter)
+    if opened.misfit and weights.format.summary.quantized:
+        raise PlanError([misfit_fault(opened, weights.format.name)])
+    injection = inject(skeleton.model, opened)
     if injection.faults:
         raise PlanError(injection.faults)
     return injection

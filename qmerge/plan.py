@@ -1,7 +1,8 @@
 """From a recipe to a job: everything that can be known from headers, and every fault in it at once.
 
-Nothing is written and no weight is decoded here. A plan without faults carries a `Job`, and a job
-does not fail for a reason that could have been seen before it began.
+Nothing is written here, and no weight is decoded but to see where a base is padded. A plan without
+faults carries a `Job`, and a job does not fail for a reason that could have been seen before it
+began.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
 from qmerge.estimate import summarize, waiting_bytes, working_bytes
-from qmerge.formats.simulated import SimulatedReader, parse_base_quant
+from qmerge.formats.padded import PaddedReader
+from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.model.frame import probe
-from qmerge.model.opening import open_model, open_weights
+from qmerge.model.opening import open_model, open_original, open_weights
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, module_of
@@ -33,6 +35,7 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
+from qmerge.training import decide
 from qmerge.tuning import Tuning, base_notes, open_tuning
 
 DEFAULT_BITS = 4
@@ -73,15 +76,20 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
     targets: frozenset[str] = frozenset()
     notes: list[str] = []
-    tokenizer_folder = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
+    folders = tuple(each.folder for each in recipe.adapters())
+    loaded = None
+    tokenizer_folder = tokenizer_home(recipe.base, *folders)
     with faults.at("--base"):
         skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         probe(skeleton)
-        base = _as_trained(recipe, skeleton, base, notes)
-    tuning = open_tuning(recipe, skeleton, faults)
+        loaded = decide(recipe.base_quant, base.format.summary, folders)
+        notes += loaded.notes
+        if loaded.quant is not None:
+            base = _as_trained(skeleton, base, loaded.quant)
+    tuning = open_tuning(recipe, skeleton, base, faults)
     if skeleton is not None and base is not None:
         with faults.at("--original"):
-            original = _open_original(recipe, skeleton)
+            original = _open_original(recipe, skeleton, base, notes)
         with faults.at("--previous"):
             previous = _open_previous(recipe, skeleton)
         with faults.at("--bits, --group-size"):
@@ -89,17 +97,16 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             targets = _targets(base, skeleton)
             faults.found += _misfits(skeleton, targets, settings.spec)
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
-    if faults.found or not (skeleton and base and settings and texts):
+    if faults.found or not (skeleton and base and loaded and settings and texts):
         return None
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
     if tuning:
-        folders = (recipe.base, recipe.original or recipe.base)
-        notes += base_notes(tuning.adapters, *folders)
+        notes += base_notes(tuning.adapters, recipe.base, recipe.original or recipe.base)
     calibration, evaluation = texts
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     return Job(
-        recipe=_effective(recipe, settings, calibration),
+        recipe=_effective(recipe, settings, calibration, loaded.quant),
         skeleton=skeleton,
         base=base,
         original=original,
@@ -119,23 +126,10 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     )
 
 
-def _as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]) -> Weights:
+def _as_trained(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
     """The base as the adapter saw it, where training quantized it on the fly."""
-    dense = not base.format.summary.quantized
-    if recipe.base_quant is None:
-        if dense and recipe.adapters():
-            notes.append(
-                "the base is dense and is taken as it is stored; if training loaded it in 4 or 8"
-                " bits, say so: --base-quant nf4,double"
-            )
-        return base
-    quant = parse_base_quant(recipe.base_quant)
-    if not dense:
-        raise RecipeError(
-            f"--base-quant is for a dense base; {recipe.base} is {base.format.name}",
-            hint="leave it out: the base is decoded from its own codes",
-        )
-    names = [base.names.stored[name + WEIGHT] for name in skeleton.linears()]
+    chosen = [name for name in skeleton.linears() if quant.quantizes(name)]
+    names = [base.names.stored[name + WEIGHT] for name in chosen]
     return dataclasses.replace(
         base, format=SimulatedReader(base.checkpoint, base.format, names, quant)
     )
@@ -160,12 +154,16 @@ def _nearest_folder(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def _open_original(recipe: Recipe, skeleton: Skeleton) -> Weights | None:
+def _open_original(
+    recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]
+) -> Weights | None:
     if recipe.original is None:
         return None
-    original = open_weights(Checkpoint.open(recipe.original), skeleton)
-    quantized = [name for name, w in original.format.weights.items() if w.quantized]
-    if quantized:
+    original = open_original(Checkpoint.open(recipe.original), skeleton, base)
+    if isinstance(original.format, PaddedReader):
+        sizes = ", ".join(f"{narrow} to {wide}" for narrow, wide in original.format.kept)
+        notes.append(f"the base is padded with zeros, from {sizes}: the original is laid out alike")
+    if original.format.summary.quantized:
         raise ModelError(
             f"{recipe.original} is quantized itself ({original.format.summary.method})",
             hint="give the 16-bit model that the base was quantized from",
@@ -286,7 +284,7 @@ def _fitting_group(linears: dict[str, Any], targets: frozenset[str]) -> int:
 def _strategies(recipe: Recipe, tuning: Tuning | None, notes: list[str]) -> tuple[str, ...]:
     if recipe.strategy != "auto":
         return (recipe.strategy,)
-    bound = [each for each in tuning.adapters if each.needs_quantized_base] if tuning else []
+    bound = [each for each in tuning.adapters if each.bound_to_base] if tuning else []
     if bound:
         notes.append(f"strategy auto: only 'dequantize' is right: {bound[0].base_reason}")
         return ("dequantize",)
@@ -296,10 +294,13 @@ def _strategies(recipe: Recipe, tuning: Tuning | None, notes: list[str]) -> tupl
     return ("dequantize", "substitute")
 
 
-def _effective(recipe: Recipe, settings: Settings, calibration: Corpus) -> Recipe:
+def _effective(
+    recipe: Recipe, settings: Settings, calibration: Corpus, quant: BaseQuant | None
+) -> Recipe:
     """The recipe with everything said that was left to the base or to a default."""
     return dataclasses.replace(
         recipe,
+        base_quant=quant.option if quant else recipe.base_quant and AS_STORED,
         bits=settings.spec.bits,
         group_size=settings.spec.group_size,
         symmetric=settings.spec.symmetric,

@@ -192,8 +192,8 @@ class Recipe(Scoring):
         None,
         BASE_QUANT,
         "Models",
-        "How training quantized a dense base when it loaded it.",
-        unset="the base is taken as it is stored",
+        "How training quantized a dense base when it loaded it; none where it did not.",
+        unset="what the files beside the adapter say, else none",
     )
     force: bool = option(
         False, SWITCH, "Models", "Take --original for the base's original whatever the weights say."

@@ -126,6 +126,8 @@ class Survival:
 
     `energy` is the trace of D H D^T, the weight with which this linear counts when linears are
     pooled; `update_rms`, `step` and `elements` pool the step ratio, `codes` the codes changed.
+    `error_ratio` is ||(W - Wq) X|| / ||D X||, the error that quantizing put into the base over the
+    adapter's effect, where the original W is at hand: what decides between strategies.
     """
 
     survival: float | None = None
@@ -137,6 +139,7 @@ class Survival:
     step: float = 0.0
     elements: int = 0
     codes: int = 0
+    error_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from qmerge.adapters import Adapter, Chain, Change, combine, inject, open_adapte
 from qmerge.errors import Fault
 from qmerge.job import Faults
 from qmerge.model.skeleton import Skeleton
+from qmerge.model.weights import Weights
 from qmerge.names import matches
 from qmerge.recipe import Recipe
 
@@ -24,7 +25,9 @@ class Tuning:
     adapters: tuple[Adapter, ...]
 
 
-def open_tuning(recipe: Recipe, skeleton: Skeleton | None, faults: Faults) -> Tuning | None:
+def open_tuning(
+    recipe: Recipe, skeleton: Skeleton | None, base: Weights | None, faults: Faults
+) -> Tuning | None:
     """Open everything that was trained; None where nothing was given or something is wrong.
 
     Without a skeleton (the base has faults of its own) the folders are opened all the same, so
@@ -47,7 +50,8 @@ def open_tuning(recipe: Recipe, skeleton: Skeleton | None, faults: Faults) -> Tu
     change = links[0] if len(links) == 1 else Chain(links=tuple(links))
     faults.found += change.faults
     faults.found += _homeless(skeleton, change)
-    faults.found += _bound_to_base(recipe, adapters)
+    if base is not None:
+        faults.found += _bound_to_base(recipe, adapters, base)
     return Tuning(change=change, adapters=tuple(adapters))
 
 
@@ -100,21 +104,34 @@ def _homeless(skeleton: Skeleton, change: Change) -> list[Fault]:
     ]
 
 
-def _bound_to_base(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Fault]:
-    """Adapters whose start makes the original the wrong weight to merge onto."""
-    if recipe.strategy != "substitute":
-        return []
-    return [
+def _bound_to_base(recipe: Recipe, adapters: Sequence[Adapter], base: Weights) -> list[Fault]:
+    """Adapters whose start makes the base, or the original in its place, the wrong one."""
+    found = [
         Fault(
             where="--strategy",
             message=f"'substitute' would be wrong for {each.path}: {each.base_reason}",
             hint="use --strategy dequantize",
         )
         for each in adapters
-        if each.needs_quantized_base
+        if recipe.strategy == "substitute" and each.bound_to_base
     ]
+    if base.format.summary.quantized:
+        found += [misfit_fault(each, base.format.name) for each in adapters if each.misfit]
+    return found
+
+
+def misfit_fault(adapter: Adapter, form: str) -> Fault:
+    """The adapter was not trained on this base in few bits."""
+    return Fault(
+        where=str(adapter.path),
+        message=f"the base is {form}, on which it cannot have started: {adapter.misfit}",
+        hint="give that base in 16 bits; where this base is what the start left of it, set"
+        " init_lora_weights to true in adapter_config.json",
+    )
 
 
 def base_notes(adapters: Sequence[Adapter], *folders: Path) -> list[str]:
     """What a reader should know of the base that the adapters were trained on."""
-    return [note for each in adapters if (note := each.base_mismatch(*folders))]
+    notes = [note for each in adapters if (note := each.base_mismatch(*folders))]
+    reasons = [f"{each.path}: {each.base_reason}" for each in adapters if each.base_reason]
+    return notes + reasons

@@ -133,9 +133,7 @@ class Walk:
         for strategy in self.job.strategies:
             if self.job.change is not None:
                 self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
-            shards[strategy] = self._requantize(
-                unit, strategy, merged[strategy], origins[strategy], result
-            )
+            shards[strategy] = self._requantize(unit, strategy, merged[strategy], origins, result)
         self._look(result)
         seconds = time.monotonic() - began
         layers = {s: result.layer(unit, s, shards[s], seconds) for s in self.job.strategies}
@@ -225,7 +223,12 @@ class Walk:
             result.kl = lens(frames, self.streams, corpus, REFERENCE)
 
     def _requantize(
-        self, unit: Unit, strategy: str, merged: Tensors, origin: Tensors, result: _LayerNotes
+        self,
+        unit: Unit,
+        strategy: str,
+        merged: Tensors,
+        origins: Mapping[str, Tensors],
+        result: _LayerNotes,
     ) -> dict[str, torch.Tensor]:
         """Quantize one layer under the calibration set; what is written of it, by stored name."""
         self.progress.doing(f"quantizing ({strategy})")
@@ -240,7 +243,7 @@ class Walk:
         work = Requantizer(
             layer.to(self.job.device),
             reference.to(self.job.device),
-            self._weights(unit, merged, origin),
+            self._weights(unit, strategy, merged, origins),
             self.job.settings,
         )
         key, twin = calibration_key(strategy), reference_key(strategy)
@@ -276,12 +279,17 @@ class Walk:
     def _reader(self, key: str) -> Callable[[int, int], torch.Tensor]:
         return lambda start, stop: self.streams.read(key, start, stop).to(self.job.device)
 
-    def _weights(self, unit: Unit, merged: Tensors, origin: Tensors) -> dict[str, Weight]:
+    def _weights(
+        self, unit: Unit, strategy: str, merged: Tensors, origins: Mapping[str, Tensors]
+    ) -> dict[str, Weight]:
+        original = origins.get("substitute", {})
         return {
             name: Weight(
                 merged_OI=merged[name + WEIGHT],
-                origin_OI=origin[name + WEIGHT],
+                origin_OI=origins[strategy][name + WEIGHT],
                 base=self.job.base.integer(join(unit.path, name) + WEIGHT),
+                quantized_OI=origins["dequantize"][name + WEIGHT],
+                original_OI=original.get(name + WEIGHT),
             )
             for name in self.job.targets_of(unit)
         }

@@ -162,9 +162,12 @@ def _layer(number: int, damage: float, odd: bool) -> LayerResult:
                 error=relative_error(base + update, release, moment),
                 damping=0.01,
                 fallback="damping raised" if place == 0 else None,
-                survival=linear_survival(
-                    base, base + update, release, moment, 0.1,
-                    codes_OI=codes, base_codes_OI=codes.roll(1),
+                survival=dataclasses.replace(
+                    linear_survival(
+                        base, base + update, release, moment, 0.1,
+                        codes_OI=codes, base_codes_OI=codes.roll(1),
+                    ),
+                    error_ratio=0.1 * (number + 1),
                 ),
             )
         )  # fmt: skip

@@ -35,7 +35,11 @@ FLOORS = (
     Floor(name="bytes", modules=("storage",)),
     Floor(name="tensors", modules=("formats", "adapters", "gptq", "measure")),
     Floor(name="models", modules=("corpus", "model")),
-    Floor(name="intent", modules=("job", "texts", "estimate", "tuning", "plan"), ladder=True),
+    Floor(
+        name="intent",
+        modules=("job", "texts", "estimate", "training", "tuning", "plan"),
+        ladder=True,
+    ),
     Floor(name="work", modules=("stages",)),
     Floor(name="telling", modules=("report",), sees=("words",)),
     Floor(
@@ -75,6 +79,7 @@ FILES = {
         "compressed_tensors",
         "writing",
         "simulated",
+        "padded",
     ),
     "adapters": (
         "kinds",

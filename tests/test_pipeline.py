@@ -17,6 +17,7 @@ from qmerge.errors import ModelError, PlanError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
 from qmerge.pipeline import run
+from qmerge.plan import make_plan
 from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
@@ -155,6 +156,31 @@ def test_auto_publishes_the_nearer_release(nf4_run: tuple[Recipe, RunResult]) ->
     assert result.arms["release"]["held_out"].kl.mean == kl[result.strategy.chosen]
     other = next(s for s in kl if s != result.strategy.chosen)
     assert result.arms[f"release_{other}"]["held_out"].kl.mean == kl[other]
+
+
+def test_the_bases_error_is_set_against_the_adapters_effect(
+    nf4_run: tuple[Recipe, RunResult], tiny_original: Path, tiny_adapter: Path
+) -> None:
+    """In the first linears every arm has the same input, which transformers shows as well."""
+    from peft import PeftModel
+
+    recipe, result = nf4_run
+    model = load(tiny_original)
+    inputs: list[torch.Tensor] = []
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(input_ids=make_plan(replace(recipe, out=Path("unused"))).ready().calibration.tokens)
+    name = "model.layers.0.self_attn.q_proj"
+    wanted, base = q_proj.weight.detach(), decoded_model(recipe.base)
+    decoded = base.get_submodule(name).weight.detach().clone()
+    merged = PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload()
+    update = merged.get_submodule(name).weight.detach() - decoded
+    ratio = ((wanted - decoded) @ inputs[0].T).norm() / (update @ inputs[0].T).norm()
+    linear = next(x for layer in result.layers for x in layer.linears if x.name == name)
+    assert linear.survival is not None
+    assert close(linear.survival.error_ratio or 0.0, float(ratio), 1e-3)
+    assert all(layer.survival and layer.survival.error_ratio for layer in result.layers)
 
 
 def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from qmerge.cli import status
 from qmerge.errors import PlanError
+from qmerge.export import export
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
@@ -153,6 +154,38 @@ def test_bad_input_is_one_clear_error(
     assert any(part in listed for part in said.split("|"))
     file.unlink()
     assert sorted(recipe.out.parent.iterdir()) == before
+
+
+def started(recipe: Recipe, **options: Any) -> Recipe:
+    edit(Path(recipe.adapter[0]) / "adapter_config.json", **options)
+    return recipe
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_no_base_in_few_bits_can_have_had(
+    asked: Recipe, tiny_nf4: Path, start: str
+) -> None:
+    recipe = started(asked, init_lora_weights=start)
+    for other in (replace(recipe, base_quant="nf4"), replace(recipe, base=tiny_nf4)):
+        (fault,) = make_plan(other).faults
+        assert "on which it cannot have started" in fault.message
+        assert "init_lora_weights to true" in str(fault.hint)
+    plan = make_plan(recipe)
+    assert plan.faults == ()
+    assert any("merge onto the base it started from" in note for note in plan.summary.notes)
+    with pytest.raises(PlanError, match="cannot have started"):
+        export(tiny_nf4, asked.out, adapter=Path(recipe.adapter[0]))
+
+
+def test_a_start_that_binds_the_adapter_to_its_base(asked: Recipe, tiny_nf4: Path) -> None:
+    config = {"loftq_bits": 4, "loftq_iter": 1}
+    recipe = started(asked, init_lora_weights="loftq", loftq_config=config)
+    job = make_plan(recipe).ready()
+    assert (job.recipe.base_quant, job.strategies) == ("nf4", ("dequantize",))
+    stored = replace(recipe, base=tiny_nf4, original=asked.base)
+    assert make_plan(replace(stored, strategy="auto")).ready().strategies == ("dequantize",)
+    (fault,) = make_plan(replace(stored, strategy="substitute")).faults
+    assert "LoftQ starts from the quantization error" in fault.message
 
 
 def test_all_faults_are_told_at_once(asked: Recipe) -> None:

@@ -13,7 +13,7 @@ import torch
 from qmerge.adapters import unit
 from qmerge.adapters.inject import inject
 from qmerge.adapters.injection import Injection
-from qmerge.adapters.kinds import base_init, refusal
+from qmerge.adapters.kinds import SPLIT_INITS, base_init, refusal
 from qmerge.adapters.landing import base_names
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, PlanError, RecipeError
@@ -102,7 +102,7 @@ def _check(adapters: Sequence[Adapter], method: str, density: float | None) -> N
         init = base_init(adapter.config)
         if adapter.kind != "LORA":
             reason = f"PEFT combines LoRA adapters, and this one is {adapter.kind}"
-        elif init and init[0] in ("pissa", "olora"):
+        elif init and init[0] in SPLIT_INITS:
             reason = init[1]
         else:
             lost = [name for name in LOST_OPTIONS if adapter.config.get(name)]

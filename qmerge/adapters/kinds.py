@@ -41,9 +41,16 @@ REFUSED_OPTIONS = (
 )
 """LoRA options with the same fault."""
 
+PLAIN_STARTS = ("gaussian", "orthogonal", "mica", "eva")
+"""Starts that leave the base as it is, beside true and false; EVA and MiCA only look at it."""
+
 BASE_INITS = (
     ("corda", "CorDA took a part out of the base that only its calibration data can find again"),
-    ("lora_ga", "LoRA-GA took a part out of the base: merge onto the base saved after that step"),
+    (
+        "lora_ga",
+        "LoRA-GA took a part out of the base that only its gradients can find again, so it needs"
+        " the base saved after that step",
+    ),
     ("loftq", "LoftQ starts from the quantization error of its base, so it needs that base"),
     (
         "pissa",
@@ -53,12 +60,17 @@ BASE_INITS = (
         "olora",
         "OLoRA moved a part of the base into the adapter; merge onto the base it started from",
     ),
-    ("eva", "EVA chose its start from activations of the base; the base itself is unchanged"),
 )
-"""LoRA starts that look at the base. Prefixes of `init_lora_weights`."""
+"""LoRA starts that change the base. Prefixes of `init_lora_weights`."""
 
 UNREPEATABLE_INIT = "corda"
 QUANTIZED_INIT = "loftq"
+BOUND_INITS = (QUANTIZED_INIT, "lora_ga")
+"""Starts after which base and adapter belong together: the original is another model."""
+SPLIT_INITS = ("pissa", "olora")
+"""Starts that PEFT makes again from the base's own 16-bit weights when it loads the adapter."""
+BOUND_KINDS = (("OSF", "OSF keeps the smaller singular values of its base in the adapter"),)
+"""Kinds that carry weights of the base they were trained on."""
 
 
 def registry_kinds() -> dict[str, str | None]:
@@ -97,14 +109,16 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     for option, why in REFUSED_OPTIONS:
         if config.get(option):
             return f"{option}: {why}"
-    init = base_init(config)
+    start, init = config.get("init_lora_weights"), base_init(config)
     if init and init[0] == UNREPEATABLE_INIT:
-        return f"init_lora_weights {config['init_lora_weights']!r}: {init[1]}"
+        return f"init_lora_weights {start!r}: {init[1]}"
+    if isinstance(start, str) and not init and start.lower() not in PLAIN_STARTS:
+        return f"init_lora_weights {start!r}: a start that is not known, which may change the base"
     return None
 
 
 def base_init(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The start that looked at the base, as (name, what that means for merging), or None."""
+    """The start that changed the base, as (name, what that means for merging), or None."""
     start = config.get("init_lora_weights")
     if not isinstance(start, str):
         return None

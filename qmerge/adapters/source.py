@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from qmerge.adapters.kinds import QUANTIZED_INIT, base_init, refusal
+from qmerge.adapters.kinds import (
+    BOUND_INITS,
+    BOUND_KINDS,
+    QUANTIZED_INIT,
+    SPLIT_INITS,
+    base_init,
+    refusal,
+)
 from qmerge.adapters.spelling import bare
 from qmerge.errors import AdapterError, CheckpointError
 from qmerge.storage.headers import TensorInfo, read_header
@@ -85,13 +92,23 @@ class Adapter:
     def base_reason(self) -> str | None:
         """What the adapter's start means for the base it is merged onto, or None."""
         init = base_init(self.config)
-        return init[1] if init else None
+        return init[1] if init else dict(BOUND_KINDS).get(self.kind)
 
     @property
-    def needs_quantized_base(self) -> bool:
-        """Whether only the quantized base is right, so that the original must not replace it."""
+    def bound_to_base(self) -> bool:
+        """Whether only the base it was trained on is right, so that no original may replace it."""
         init = base_init(self.config)
-        return bool(init and init[0] == QUANTIZED_INIT)
+        return bool(init and init[0] in BOUND_INITS) or self.kind in dict(BOUND_KINDS)
+
+    @property
+    def misfit(self) -> str | None:
+        """Why a base in few bits cannot be the one it was trained on, or None where it can be.
+
+        PEFT starts PiSSA on 16 bits only; OLoRA quantizes what it leaves once more, and that lies
+        in no file.
+        """
+        init = base_init(self.config)
+        return init[1] if init and init[0] in SPLIT_INITS else None
 
     @property
     def vocabulary(self) -> int | None:

@@ -23,7 +23,8 @@ from qmerge.storage.checkpoint import Checkpoint
 
 Kind = Literal["nf4", "fp4", "int8"]
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
-HINT = "use nf4, fp4 or int8, then ,double and ,block=64 where training had them"
+AS_STORED = "none"
+HINT = "use nf4, fp4 or int8, then ,double and ,block=64 where training had them; or none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class BaseQuant:
     kind: Kind
     double: bool = False
     block: int = 64
+    skip: tuple[str, ...] = ()
+    """Modules left alone, named as for `llm_int8_skip_modules` of transformers."""
 
     @property
     def name(self) -> str:
@@ -42,28 +45,46 @@ class BaseQuant:
         )
 
     @property
+    def option(self) -> str:
+        """What `parse_base_quant` reads."""
+        parts = [self.kind, *(["double"] if self.double else [])]
+        parts += [f"block={self.block}"] if self.block != BLOCKS[0] else []
+        return ",".join([*parts, *(f"skip={name}" for name in self.skip)])
+
+    @property
     def bits(self) -> int:
         return 8 if self.kind == "int8" else 4
 
+    def quantizes(self, module: str) -> bool:
+        """Whether transformers would have replaced this linear by one of bitsandbytes."""
+        from transformers.quantizers.quantizers_utils import should_convert_module
 
-def parse_base_quant(text: str) -> BaseQuant:
-    """`nf4|fp4|int8[,double][,block=N]`; RecipeError for anything else."""
+        return bool(should_convert_module(module, list(self.skip)))
+
+
+def parse_base_quant(text: str) -> BaseQuant | None:
+    """`nf4|fp4|int8[,double][,block=N][,skip=MODULE]`, or `none` for a base as it is stored;
+    RecipeError for anything else."""
+    if text.strip() == AS_STORED:
+        return None
     kind, *options = (part.strip() for part in text.split(","))
-    block = 64
-    double = "double" in options
+    block, skip = BLOCKS[0], []
     for option in options:
-        match = re.fullmatch(r"block=(\d{1,5})", option)
-        if match:
-            block = int(match[1])
+        block_size, skipped = re.fullmatch(r"block=(\d{1,5})", option), option.startswith("skip=")
+        if block_size:
+            block = int(block_size[1])
+        elif skipped:
+            skip.append(option.removeprefix("skip="))
         elif option != "double":
             raise RecipeError(f"--base-quant: {option!r} is not known", hint=HINT)
     if kind not in ("nf4", "fp4", "int8") or block not in BLOCKS:
         raise RecipeError(f"--base-quant: {text!r} is not known", hint=HINT)
-    if kind == "int8" and options:
+    if kind == "int8" and len(skip) < len(options):
         raise RecipeError(
             "--base-quant: int8 has neither blocks nor double quantization", hint=HINT
         )
-    return BaseQuant(kind=cast(Kind, kind), double=double, block=block)
+    double = "double" in options
+    return BaseQuant(kind=cast(Kind, kind), double=double, block=block, skip=tuple(skip))
 
 
 class SimulatedReader(Reader):

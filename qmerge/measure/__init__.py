@@ -6,6 +6,7 @@ from qmerge.measure.gate import Limits, check_limits, limits_of
 from qmerge.measure.pairing import compare_results, pair
 from qmerge.measure.statistics import paired_estimate, score_arms
 from qmerge.measure.survival import (
+    error_ratio,
     linear_survival,
     output_power,
     pool_survival,
@@ -21,6 +22,7 @@ __all__ = [
     "TokenStats",
     "check_limits",
     "compare_results",
+    "error_ratio",
     "join",
     "limits_of",
     "linear_survival",

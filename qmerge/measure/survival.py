@@ -87,6 +87,18 @@ def survival_of(
     )
 
 
+def error_ratio(
+    original_OI: Tensor, quantized_OI: Tensor, H_II: Tensor, energy: float
+) -> float | None:
+    """||(W - Wq) X|| / ||D X||: what quantizing the base cost this linear, in units of what the
+    adapter does to it. `energy` is that of the adapter's change D; None where it has none."""
+    error = 0.0
+    for part in _parts(original_OI):
+        difference = original_OI[part].float() - quantized_OI[part].float()
+        error += inner(difference, difference, H_II)
+    return math.sqrt(max(error, 0.0) / energy) if energy > 0 else None
+
+
 def relative_error(merged_OI: Tensor, release_OI: Tensor, H_II: Tensor) -> float | None:
     """||(W - Q) X||^2 / ||W X||^2, None for a linear without output on the calibration text."""
     error = 0.0
@@ -115,6 +127,9 @@ def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:
     rms = math.sqrt(sum(part.update_rms**2 * part.elements for part in found) / elements)
     step = sum(part.step * part.elements for part in found) / elements
     changed = sum((part.codes_changed or 0.0) * part.codes for part in found)
+    known = [part for part in seen if part.error_ratio is not None]
+    effect = sum(part.energy for part in known)
+    cost = sum((part.error_ratio or 0.0) ** 2 * part.energy for part in known)
     return Survival(
         survival=sum((p.survival or 0.0) * p.energy for p in seen) / energy if energy > 0 else None,
         noise=sum((p.noise or 0.0) * p.energy for p in seen) / energy if energy > 0 else None,
@@ -125,6 +140,7 @@ def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:
         step=step,
         elements=elements,
         codes=codes,
+        error_ratio=math.sqrt(cost / effect) if effect > 0 else None,
     )
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qmerge.errors import Fault, PlanError
-from qmerge.formats import open_format
+import torch
+
+from qmerge.errors import Fault, ModelError, PlanError
+from qmerge.formats import Format, open_format
+from qmerge.formats.padded import PaddedReader, Padding
 from qmerge.model.skeleton import Skeleton, build_skeleton, load_config, map_names
 from qmerge.model.weights import Weights
 from qmerge.storage.checkpoint import Checkpoint
 
+ROWS = 1024
+"""Rows that are decoded at a time."""
 LISTED = 4
 """Names that a message lists before it says how many more there are."""
 
@@ -28,7 +33,63 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
 
 def open_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Weights:
     """The weights of a checkpoint for a skeleton that is already there."""
+    return _matched(checkpoint, open_format(checkpoint), skeleton)
+
+
+def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> Weights:
+    """The original of a base; where the base was padded with zeros, laid out as the base is.
+
+    Where the zeros lie is seen in one weight of the base for each size that differs. ModelError
+    for a wider base whose zeros do not account for the difference.
+    """
     form = open_format(checkpoint)
+    names = map_names(skeleton, form.weights)
+    wide = {
+        stored: base.shape(parameter)
+        for parameter, stored in names.stored.items()
+        if _is_wider(base.shape(parameter), form.weights[stored].shape)
+    }
+    kept: dict[Padding, torch.Tensor] = {}
+    for dim in (0, 1):
+        for parameter, stored in names.stored.items():
+            if len(wide.get(stored, ())) != 2:
+                continue
+            pair = (form.weights[stored].shape[dim], wide[stored][dim])
+            if pair[0] != pair[1] and pair not in kept:
+                kept[pair] = _kept(base, parameter, dim, pair)
+    if kept:
+        form = PaddedReader(checkpoint, form, wide, kept)
+    return _matched(checkpoint, form, skeleton)
+
+
+def _is_wider(found: tuple[int, ...], narrow: tuple[int, ...]) -> bool:
+    pairs = list(zip(found, narrow, strict=False))
+    return len(found) == len(narrow) and found != narrow and all(a >= b for a, b in pairs)
+
+
+def _kept(base: Weights, parameter: str, dim: int, pair: Padding) -> torch.Tensor:
+    """The rows (dim 0) or columns of a weight of the base that are not wholly zero."""
+    found = torch.zeros(pair[1], dtype=torch.bool)
+    rows = base.shape(parameter)[0]
+    for start in range(0, rows, ROWS):
+        part = base.rows(parameter, start, min(start + ROWS, rows)) != 0
+        if dim == 0:
+            found[start : start + ROWS] = part.any(dim=1)
+        else:
+            found |= part.any(dim=0)
+    kept = found.nonzero().flatten()
+    if len(kept) != pair[0]:
+        what = "rows" if dim == 0 else "columns"
+        raise ModelError(
+            f"{parameter}: the base has {pair[1]} {what} where the original has {pair[0]}, and"
+            f" {pair[1] - len(kept)} of them are zero: no padding that can be undone",
+            hint="give the very model that the base was made of",
+        )
+    return kept
+
+
+def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weights:
+    """Weights whose names and shapes are the skeleton's; PlanError with all that does not match."""
     names = map_names(skeleton, form.weights)
     shapes = {
         stored: (tuple(form.weights[stored].shape), tuple(tensor.shape))

@@ -22,6 +22,7 @@ from qmerge.report.words import (
     change_cell,
     corpora,
     duration,
+    error_ratio_phrase,
     findings,
     heading,
     kl_figure,
@@ -107,6 +108,7 @@ def render(result: RunResult) -> str:
         statistics=STATISTICS,
         legend=Markup(re.sub("`([^`]*)`", r"<b>\1</b>", legend(result))),
         survival=survival_phrase(result.survival) if result.survival else "",
+        ratio=error_ratio_phrase(result),
         pictures=_pictures(result),
         passages=_worst(result),
         scale=_scale(result),
@@ -235,6 +237,20 @@ def _maps(result: RunResult) -> list[Picture]:
         found.append(
             Picture(title="Adapter survival", caption=caption, svg=svg, wide=width > plots.WIDTH)
         )
+    if any(x.survival and x.survival.error_ratio is not None for x in linears):
+        width, height, draw = plots.ratio_map(result)
+        caption = (
+            "The error that quantizing put into the base over the adapter's effect, on the"
+            " calibration text. Where it is large, the original is another model than the one the"
+            " adapter was trained on."
+        )
+        svg = Markup(plots.picture("ratio", height, draw, width))
+        found.append(
+            Picture(
+                title="Error of the base against adapter", caption=caption, svg=svg,
+                wide=width > plots.WIDTH,
+            )
+        )  # fmt: skip
     if any(x.error is not None for x in linears):
         width, height, draw = plots.error_map(result)
         caption = (

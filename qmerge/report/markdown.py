@@ -10,6 +10,7 @@ from qmerge.report.words import (
     STATISTICS,
     corpora,
     duration,
+    error_ratio_phrase,
     findings,
     gate_lines,
     heading,
@@ -32,12 +33,13 @@ FIGURE = re.compile(
 
 
 def render(result: RunResult) -> str:
-    """Verdict, tables, survival, corpora, inputs, versions, times: the whole report."""
+    """Verdict, tables, survival, layers, corpora, inputs, versions, times: the whole report."""
     blocks = ["# qmerge report", _bold(verdict(result).sentence)]
     blocks.append("\n".join(f"- {escape(line)}" for line in findings(result)))
     blocks.append(summary(result))
     blocks.append(escape(legend(result)).replace("\\`", "`"))
     blocks.append(_all_figures(result))
+    blocks.append(_layers(result))
     blocks.append(_texts(result))
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
@@ -59,6 +61,9 @@ def summary(result: RunResult) -> str:
         blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *COLUMNS, "note"], body))
     if result.survival is not None:
         blocks.append(f"Adapter: {escape(survival_phrase(result.survival))}.")
+    ratio = error_ratio_phrase(result)
+    if ratio:
+        blocks.append(f"Original: {escape(ratio)}.")
     if result.strategy is not None:
         blocks.append(f"Strategy: {escape(result.strategy.chosen)}, {escape(result.strategy.why)}")
     lines = [*(f"Gate: {line}" for line in gate_lines(result)), *previous_lines(result)]
@@ -109,6 +114,21 @@ def escape(text: str) -> str:
 
 def _bold(text: str) -> str:
     return f"**{escape(text)}**"
+
+
+def _layers(result: RunResult) -> str:
+    """Survival, noise and the base's error over the adapter's effect, layer by layer."""
+    kept = [(layer.name, layer.survival) for layer in result.layers if layer.survival is not None]
+    body = [
+        [name, *map(_short, (found.survival, found.noise, found.error_ratio))]
+        for name, found in kept
+    ]
+    head = ["layer", "survival", "noise", "base's error / adapter's effect"]
+    return "## Layers\n\n" + grid(head, body) if body else ""
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _texts(result: RunResult) -> str:

@@ -72,6 +72,9 @@ SURVIVAL_NAMES = ("< 0.5", "0.5–0.7", "0.7–0.8", "0.8–0.9", "0.9–0.95", 
 # Error of a linear over that of its like: worst first, as in the survival map.
 ERROR_BOUNDS = (0.5, 2.0, 3.0, 5.0, 8.0, 12.0)
 ERROR_NAMES = ("> 12", "8–12", "5–8", "3–5", "2–3", "0.5–2", "< 0.5")
+# The base's quantization error in units of the adapter's effect, worst first.
+RATIO_BOUNDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+RATIO_NAMES = ("> 5", "2–5", "1–2", "0.5–1", "0.2–0.5", "0.1–0.2", "< 0.1")
 
 Draw = Callable[[Figure], None]
 Grid = Mapping[tuple[str, int], float]
@@ -297,6 +300,17 @@ def survival_map(result: RunResult) -> tuple[float, float, Draw]:
         if kept is not None:
             cells[name, column] = min(kept, cells.get((name, column), math.inf))
     return _heat_map(cells, SURVIVAL_BOUNDS, HEAT, SURVIVAL_NAMES, "survival")
+
+
+def ratio_map(result: RunResult) -> tuple[float, float, Draw]:
+    """The same of the base's quantization error over the adapter's effect."""
+    cells: dict[tuple[str, int], float] = {}
+    for name, column, linear in _places(result):
+        ratio = linear.survival.error_ratio if linear.survival else None
+        if ratio is not None:
+            cells[name, column] = max(ratio, cells.get((name, column), 0.0))
+    title = "base's error over the adapter's effect"
+    return _heat_map(cells, RATIO_BOUNDS, HEAT[::-1], RATIO_NAMES, title)
 
 
 def error_map(result: RunResult) -> tuple[float, float, Draw]:

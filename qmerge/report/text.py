@@ -11,6 +11,7 @@ from qmerge.report.words import (
     Row,
     change_phrase,
     corpora,
+    error_ratio_phrase,
     findings,
     gate_lines,
     heading,
@@ -68,6 +69,9 @@ def _facts(result: RunResult) -> list[str]:
     facts = []
     if result.survival is not None:
         facts.append(_wrapped(f"adapter: {survival_phrase(result.survival)}"))
+    ratio = error_ratio_phrase(result)
+    if ratio:
+        facts.append(_wrapped(f"original: {ratio}"))
     if result.strategy is not None:
         facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
     facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))

@@ -377,6 +377,21 @@ def survival_phrase(survival: Survival | None) -> str:
     return ", ".join(parts)
 
 
+def error_ratio_phrase(result: RunResult) -> str:
+    """What quantizing the base cost in units of the adapter's effect; "" without an original."""
+    whole = result.survival.error_ratio if result.survival else None
+    if whole is None:
+        return ""
+    found = [
+        (layer.survival.error_ratio, layer.name)
+        for layer in result.layers
+        if layer.survival is not None and layer.survival.error_ratio is not None
+    ]
+    (least, first), (most, last) = min(found), max(found)
+    span = f", by layer {least:.3g} ({first}) to {most:.3g} ({last})" if len(found) > 1 else ""
+    return f"the base's quantization error is {whole:.3g} of the adapter's effect{span}"
+
+
 def linears(result: RunResult) -> Iterator[LinearResult]:
     for layer in result.layers:
         yield from layer.linears

@@ -15,7 +15,7 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch import nn
 from qmerge.formats.base import IntegerWeight
 from qmerge.gptq import Drift, Grid, Hessian, Update, expressible, solve_update
 from qmerge.job import Settings
-from qmerge.measure import output_power, survival_of
+from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
 from qmerge.model.layer import Call, Hidden, forward, sibling_groups
 from qmerge.model.paused import Forward, watched
@@ -44,6 +44,10 @@ class Weight:
     """What the adapter was merged onto."""
     base: IntegerWeight | None
     """The base's own codes, where it is on an integer grid."""
+    quantized_OI: torch.Tensor
+    """The decoded base."""
+    original_OI: torch.Tensor | None
+    """What the base was quantized from, where it is at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +260,7 @@ class Requantizer:
             error=solution.loss / power if power > 0 else None,
             damping=solution.damping,
             fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
-            survival=_survival(weight, update),
+            survival=_survival(weight, update, H_II),
         )
 
 
@@ -284,9 +288,9 @@ def _grid_name(anchored: float) -> str:
     return {0.0: "fresh", 1.0: "anchored"}.get(anchored, f"{100 * anchored:.0f}% anchored")
 
 
-def _survival(weight: Weight, update: Update) -> Survival:
+def _survival(weight: Weight, update: Update, H_II: torch.Tensor) -> Survival:
     solution, energy = update.solution, update.energy
-    return survival_of(
+    found = survival_of(
         weight.origin_OI,
         weight.merged_OI,
         float(solution.scales_OG.float().mean()),
@@ -296,3 +300,7 @@ def _survival(weight: Weight, update: Update) -> Survival:
         codes_OI=solution.codes_OI,
         base_codes_OI=weight.base.codes_OI if weight.base is not None else None,
     )
+    if weight.original_OI is None:
+        return found
+    ratio = error_ratio(weight.original_OI, weight.quantized_OI, H_II, found.energy)
+    return replace(found, error_ratio=ratio)

@@ -9,7 +9,7 @@ import torch
 
 from qmerge.errors import RecipeError
 from qmerge.formats import open_format
-from qmerge.formats.simulated import BaseQuant, SimulatedReader, parse_base_quant
+from qmerge.formats.simulated import BaseQuant, SimulatedReader, parse_base_quant, round_trip
 from qmerge.storage.checkpoint import Checkpoint
 
 
@@ -18,7 +18,7 @@ def test_nf4_equals_what_transformers_saved(tiny_original: Path, tiny_nf4: Path)
     names = [name for name, weight in saved.weights.items() if weight.quantized]
     checkpoint = Checkpoint.open(tiny_original)
     dense = open_format(checkpoint)
-    simulated = SimulatedReader(checkpoint, dense, names, parse_base_quant("nf4,double"))
+    simulated = SimulatedReader(checkpoint, dense, names, BaseQuant(kind="nf4", double=True))
     assert simulated.summary.quantized == len(names) == 21
     for name in saved.weights:
         assert torch.equal(simulated.dense(name), saved.dense(name)), name
@@ -40,7 +40,9 @@ def test_equals_a_model_loaded_with_it(tiny_original: Path, quantize: str) -> No
     checkpoint = Checkpoint.open(tiny_original)
     dense = open_format(checkpoint)
     name = "model.layers.1.mlp.down_proj"
-    simulated = SimulatedReader(checkpoint, dense, [f"{name}.weight"], parse_base_quant(quantize))
+    quant = parse_base_quant(quantize)
+    assert quant is not None
+    simulated = SimulatedReader(checkpoint, dense, [f"{name}.weight"], quant)
     weight = model.get_submodule(name).weight
     if quantize == "int8":
         expected = weight.CB.float() * (weight.SCB.float()[:, None] / 127)
@@ -49,8 +51,29 @@ def test_equals_a_model_loaded_with_it(tiny_original: Path, quantize: str) -> No
     assert torch.equal(simulated.dense(f"{name}.weight"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_loftq_quantizes_as_bitsandbytes_alone(dtype: torch.dtype) -> None:
+    """PEFT's `loftq_init` needs a GPU; what it does with the weight is written out here."""
+    import bitsandbytes as bnb
+
+    weight = (torch.randn(96, 128, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    whole = weight.to(torch.float32)
+    made = bnb.nn.Params4bit(
+        whole, requires_grad=False, compress_statistics=False, quant_type="nf4"
+    ).to("cpu")
+    left = bnb.functional.dequantize_4bit(made.data, made.quant_state).to(dtype)
+    assert torch.equal(round_trip(weight, BaseQuant(kind="nf4")), left)
+
+
 def test_words_are_read_or_refused() -> None:
     assert parse_base_quant("fp4,block=128") == BaseQuant(kind="fp4", block=128)
+    assert parse_base_quant("none") is None
+    kept = parse_base_quant("int8,skip=mlp,skip=model.layers.0")
+    assert kept == BaseQuant(kind="int8", skip=("mlp", "model.layers.0"))
+    for text in ("nf4", "fp4,double", "nf4,double,block=128,skip=mlp", "int8,skip=mlp"):
+        quant = parse_base_quant(text)
+        assert quant is not None
+        assert quant.option == text
     assert parse_base_quant("nf4, double") == BaseQuant(kind="nf4", double=True)
     for text in ("nf5", "nf4,block=65", "int8,double", "nf4,triple", ""):
         with pytest.raises(RecipeError, match="--base-quant"):

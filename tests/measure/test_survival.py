@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmerge.measure.survival import linear_survival, pool_survival, relative_error
+from qmerge.measure.survival import error_ratio, linear_survival, pool_survival, relative_error
 from qmerge.results import Survival
 
 OUT, IN = 9, 14
@@ -55,6 +55,18 @@ def test_figures_follow_the_definition() -> None:
         merged, merged, moment
     )
     assert relative_error(merged, release, moment) == pytest.approx(ratio, rel=1e-4)
+
+
+def test_the_bases_error_over_the_adapters_effect() -> None:
+    base, merged, _, moment = problem(7)
+    original = base + 0.05 * torch.randn(OUT, IN, generator=torch.Generator().manual_seed(8))
+    update, error = merged.double() - base.double(), original.double() - base.double()
+    energy = naive_inner(update, update, moment)
+    wanted = math.sqrt(naive_inner(error, error, moment) / energy)
+    found = linear_survival(base, merged, base, moment, 0.1)
+    assert error_ratio(original, base, moment, found.energy) == pytest.approx(wanted, rel=1e-4)
+    assert error_ratio(base, base, moment, found.energy) == 0
+    assert error_ratio(original, base, moment, Survival().energy) is None
 
 
 def test_whole_and_erased() -> None:
@@ -120,3 +132,16 @@ def test_pooled_linears_equal_one_stacked_linear() -> None:
     for name in ("survival", "noise", "step_ratio", "codes_changed", "energy", "elements"):
         assert getattr(pooled, name) == pytest.approx(getattr(whole, name), rel=1e-5)
     assert pool_survival([Survival(), None]) is None
+
+
+def test_pooled_error_ratios_weigh_by_the_adapters_effect() -> None:
+    """Sums of squares over sums of squares; a linear without an original has no part in it."""
+    one = Survival(survival=1, noise=0, energy=4.0, elements=1, error_ratio=3.0)
+    two = Survival(survival=1, noise=0, energy=1.0, elements=1, error_ratio=1.0)
+    other = Survival(survival=1, noise=0, energy=9.0, elements=1)
+    pooled = pool_survival([one, two, other])
+    assert pooled is not None
+    assert pooled.error_ratio == pytest.approx(math.sqrt((9 * 4 + 1 * 1) / 5))
+    bare = pool_survival([other])
+    assert bare is not None
+    assert bare.error_ratio is None

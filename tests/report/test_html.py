@@ -106,7 +106,8 @@ def test_every_plot_has_axes_with_units_and_a_caption() -> None:
     titles = [re.search(r"<b>(.*?)</b>", figure)[1] for figure in figures]  # type: ignore[index]
     assert titles == [
         "Perplexity on plays", "Perplexity on encyclopedia", "Change by window",
-        "KL by token confidence", "KL by layer depth", "Adapter survival", "Quantization error",
+        "KL by token confidence", "KL by layer depth", "Adapter survival",
+        "Error of the base against adapter", "Quantization error",
     ]  # fmt: skip
     for figure in figures:
         assert figure.count("<svg") == 1
@@ -176,7 +177,7 @@ def test_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     found = browse(probe, dark=dark)
     assert found["width"] <= width, "the page scrolls sideways"
     assert found["scripts"] == 0
-    assert found["plots"] == 7
+    assert found["plots"] == 8
     assert found["verdict"].startswith("The release")
     light, ink = (brightness(found[key]) for key in ("page", "ink"))
     assert (light < 60 and ink > 200) if dark else (light > 230 and ink < 60)

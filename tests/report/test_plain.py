@@ -57,6 +57,16 @@ def test_text_is_plain_and_fits_a_terminal() -> None:
     assert "warning: calibration" in text
     assert "since the previous release" in text
     assert "adapter: survival 0." in text
+    flat = " ".join(text.split())
+    assert "original: the base's quantization error is 0.2" in flat
+    assert "by layer 0.1 (model.layers.0) to 0.4 (model.layers.3)" in flat
+
+
+def test_each_layers_figures_stand_in_markdown() -> None:
+    text = render(finished(), "md")
+    assert "| layer | survival | noise | base's error / adapter's effect |" in text
+    assert re.search(r"\| model.layers.3 \| 0\.\d+ \| [\d.]+ \| 0\.4 \|", text)
+    assert "## Layers" not in render(without_adapter_figures(finished()), "md")
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "html"])

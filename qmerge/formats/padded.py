@@ -1,0 +1,55 @@
+"""A model laid out as a wider copy of it is: zeros put between its rows and columns.
+
+Published Int4 models of some sizes are wider inside than their originals, so that groups and the
+shares of several GPUs come out even; Qwen2-72B has every second of its first 256 intermediate
+channels at zero. What such a model computes is what the narrow one does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qmerge.formats.base import Format, IntegerWeight, Reader, StoredWeight
+from qmerge.storage.checkpoint import Checkpoint
+
+Padding = tuple[int, int]
+"""A size and the wider one in its place."""
+
+
+class PaddedReader(Reader):
+    """A dense checkpoint whose tensors read in wider shapes, with zeros where nothing is kept."""
+
+    methods = ()
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        narrow: Format,
+        shapes: Mapping[str, tuple[int, ...]],
+        kept: Mapping[Padding, Tensor],
+    ) -> None:
+        """`shapes` are the wide ones by stored name; `kept` the places, int64, of what there is."""
+        weights = [
+            dataclasses.replace(weight, shape=shapes[name], quantized=True)
+            if name in shapes
+            else weight
+            for name, weight in narrow.weights.items()
+        ]
+        super().__init__(checkpoint, name=narrow.name, weights=weights, summary=narrow.summary)
+        self.kept = kept
+        self._narrow = narrow
+
+    def integer(self, name: str) -> IntegerWeight | None:
+        return None
+
+    def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
+        wide = self._narrow.dense(weight.name, dtype)
+        for dim, (have, want) in enumerate(zip(wide.shape, weight.shape, strict=True)):
+            if have != want:
+                shape = (*wide.shape[:dim], want, *wide.shape[dim + 1 :])
+                wide = wide.new_zeros(shape).index_copy_(dim, self.kept[have, want], wide)
+        return wide[rows]
