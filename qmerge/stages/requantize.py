@@ -44,10 +44,10 @@ class Weight:
     """What the adapter was merged onto."""
     base: IntegerWeight | None
     """The base's own codes, where it is on an integer grid."""
-    quantized_OI: torch.Tensor
-    """The decoded base."""
-    original_OI: torch.Tensor | None
+    original_OI: torch.Tensor | None = None
     """What the base was quantized from, where it is at hand."""
+    quantized_OI: torch.Tensor | None = None
+    """The decoded base, beside the original."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,7 @@ def _survival(weight: Weight, update: Update, H_II: torch.Tensor) -> Survival:
         codes_OI=solution.codes_OI,
         base_codes_OI=weight.base.codes_OI if weight.base is not None else None,
     )
-    if weight.original_OI is None:
+    if weight.original_OI is None or weight.quantized_OI is None:
         return found
     ratio = error_ratio(weight.original_OI, weight.quantized_OI, H_II, found.energy)
     return replace(found, error_ratio=ratio)
