@@ -74,29 +74,86 @@ def asked(
 def nf4_run(
     asked: Recipe, tiny_nf4: Path, tiny_original: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, RunResult]:
-    out = tmp_path_factory.mktemp("nf4") / "release"
-    recipe = replace(asked, base=tiny_nf4, original=tiny_original, out=out, strategy="auto")
+    """Both strategies, scored on the text and on its capitals, which the adapter was tuned for."""
+    folder = tmp_path_factory.mktemp("nf4")
+    capitals = folder / "capitals.txt"
+    capitals.write_text(Path(asked.eval[0].partition("=")[2]).read_text().upper())
+    recipe = replace(
+        asked,
+        base=tiny_nf4,
+        original=tiny_original,
+        out=folder / "release",
+        strategy="auto",
+        eval=(*asked.eval, f"capitals={capitals}"),
+    )
     return recipe, run(recipe)
 
 
-def test_arms_equal_transformers_and_peft(
-    nf4_run: tuple[Recipe, RunResult], tiny_original: Path, tiny_adapter: Path, eval_text: Path
+def texts_of(recipe: Recipe) -> dict[str, Path]:
+    return {name: Path(file) for name, _, file in (text.partition("=") for text in recipe.eval)}
+
+
+def test_arms_equal_transformers_and_peft_on_every_text(
+    nf4_run: tuple[Recipe, RunResult], tiny_original: Path, tiny_adapter: Path
 ) -> None:
-    recipe, result = nf4_run
-    tokens = windows(tiny_original, eval_text)
-    scores = {arm: found["held_out"].perplexity for arm, found in result.arms.items()}
-    assert close(scores["original"], perplexity(load(tiny_original), tokens), 1e-4)
-    # bitsandbytes multiplies in its compute dtype, bf16; both sides decode the same weights.
-    assert close(scores["quantized_base"], perplexity(load(recipe.base), tokens), 1e-2)
-    decoded = decoded_model(recipe.base)
-    assert close(scores["quantized_base"], perplexity(decoded, tokens), 1e-5)
     from peft import PeftModel
 
-    trained = PeftModel.from_pretrained(decoded, tiny_adapter).eval()
-    assert close(scores["trained"], perplexity(trained, tokens), 1e-5)
-    merged = trained.merge_and_unload()
-    merged_name = "merged" if result.strategy.chosen == "dequantize" else "merged_dequantize"
-    assert close(scores[merged_name], perplexity(merged, tokens), 1e-5)
+    recipe, result = nf4_run
+
+    def merged(base: Any) -> Any:
+        return PeftModel.from_pretrained(base, tiny_adapter).merge_and_unload().eval()
+
+    decoded = decoded_model(recipe.base)
+    chosen = result.strategy.chosen
+    other = next(c.strategy for c in result.strategy.candidates if c.strategy != chosen)
+    onto = {"dequantize": merged(decoded_model(recipe.base)), "substitute": None}
+    onto["substitute"] = merged(load(tiny_original))
+    arms = {
+        "original": (load(tiny_original), 1e-4),
+        # bitsandbytes multiplies in its compute dtype, bf16; both sides decode the same weights.
+        "quantized_base": (load(recipe.base), 1e-2),
+        "merged": (onto[chosen], 1e-5),
+        f"merged_{other}": (onto[other], 1e-5),
+        "release": (decoded_model(recipe.out), 1e-5),
+        # The adapter goes live on this very model, so it comes last.
+        "trained": (PeftModel.from_pretrained(decoded, tiny_adapter).eval(), 1e-5),
+    }
+    assert set(arms) == set(result.arms) - {f"release_{other}"}
+    for corpus, text in texts_of(recipe).items():
+        tokens = windows(tiny_original, text)
+        for arm, (model, tolerance) in arms.items():
+            found = result.arms[arm][corpus].perplexity
+            assert close(found, perplexity(model, tokens), tolerance), (arm, corpus)
+        base = perplexity(decoded_model(recipe.base), tokens)
+        assert close(result.arms["quantized_base"][corpus].perplexity, base, 1e-5)
+
+
+def test_divergence_equals_that_of_full_logits(
+    nf4_run: tuple[Recipe, RunResult], tiny_adapter: Path
+) -> None:
+    from peft import PeftModel
+
+    recipe, result = nf4_run
+    trained = PeftModel.from_pretrained(decoded_model(recipe.base), tiny_adapter).eval()
+    release = decoded_model(recipe.out)
+    for corpus, text in texts_of(recipe).items():
+        tokens = windows(recipe.out, text)
+        with torch.inference_mode():
+            p, q = (
+                model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1)
+                for model in (trained, release)
+            )
+        kl = (p.exp() * (p - q)).sum(-1)
+        found = result.arms["release"][corpus]
+        assert found.kl.mean == pytest.approx(kl.mean().item(), rel=1e-4)
+        shares = torch.tensor([0.5, 0.9, 0.95, 0.99, 0.999, 1.0], dtype=torch.float64)
+        told = (getattr(found.kl, name) for name in ("median", "p90", "p95", "p99", "p999", "max"))
+        assert list(told) == pytest.approx(kl.flatten().quantile(shares).tolist(), rel=1e-3)
+        same = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+        assert found.same_top.mean == pytest.approx(same, abs=1e-3)
+        right = [x.exp().gather(-1, tokens[:, 1:, None]) for x in (p, q)]
+        moved = (right[0] - right[1]).square().mean().sqrt().item()
+        assert found.probability_change.rms == pytest.approx(moved, rel=1e-4)
 
 
 def decoded_model(folder: Path) -> Any:
@@ -200,7 +257,8 @@ def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:
     stages = {"plan", "digest", "dequantize", "merge", "evaluate", "requantize", "write", "score"}
     assert stages <= report["timings"].keys()
     assert set(report["memory"]) == report["timings"].keys() - {"total"}
-    assert all(1 << 24 < peak <= report["peak_rss_bytes"] for peak in report["memory"].values())
+    most = 1.1 * report["peak_rss_bytes"]  # which the kernel counts by another clock
+    assert all(1 << 24 < peak <= most for peak in report["memory"].values())
     measured = sum(seconds for name, seconds in report["timings"].items() if name != "total")
     assert measured <= report["timings"]["total"]
     assert {"calibration", "evaluation"} <= report["corpora"].keys()

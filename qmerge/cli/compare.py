@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qmerge.cli.options import Command, json_option, recipe_options
-from qmerge.cli.outputs import ci_options, tell
+from qmerge.cli.outputs import ci_options, log_option, tell
 from qmerge.cli.progress import display
 from qmerge.options import build
 from qmerge.recipe import CompareRecipe
@@ -18,10 +18,17 @@ from qmerge.recipe import CompareRecipe
 @click.argument("old")
 @click.argument("new")
 @recipe_options(CompareRecipe)
+@log_option
 @ci_options
 @json_option
 def command(
-    old: str, new: str, as_json: bool, junit: Path | None, github: bool, **flags: object
+    old: str,
+    new: str,
+    as_json: bool,
+    junit: Path | None,
+    github: bool,
+    log_json: Path | None,
+    **flags: object,
 ) -> int:
     """Say whether NEW is better or worse than OLD, or no different beyond noise.
 
@@ -33,7 +40,7 @@ def command(
     """
     asked = build(CompareRecipe, {**flags, "old": old, "new": new})
 
-    with display() as progress:
+    with display(log_json) as progress:
         from qmerge.compare import compare
 
         found = compare(asked, progress)

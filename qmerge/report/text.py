@@ -56,7 +56,7 @@ def render_comparison(found: Comparison) -> str:
         parts = [f"  {name}: {corpus.verdict}, perplexity {change_phrase(corpus.change)}"]
         if corpus.kl is not None:
             error = "" if corpus.kl.stderr is None else f" ± {corpus.kl.stderr:.5f}"
-            parts.append(f"KL {corpus.kl.mean:+.5f}{error}")
+            parts.append(f"KL from the reference {corpus.kl.mean:+.5f}{error}")
         lines.append(", ".join(parts))
     old, new = found.survival
     if old is not None and new is not None:
@@ -76,6 +76,8 @@ def _facts(result: RunResult) -> list[str]:
         facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
     facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))
     facts.extend(_wrapped(line) for line in previous_lines(result))
+    if result.release is not None:
+        facts.append(f"written: {result.release.path}, with report.html and a model card")
     return facts
 
 
