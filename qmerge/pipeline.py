@@ -261,7 +261,7 @@ def _choose(
     candidates = tuple(_candidate(s, score, layers[s]) for s, score in scores.items())
     if len(job.strategies) == 1:
         only = job.strategies[0]
-        why = "asked for" if job.recipe.strategy == only else "there is no original to substitute"
+        why = "as asked" if job.recipe.strategy == only else "there is no original to substitute"
         return StrategyResult(chosen=only, why=why, candidates=candidates)
     first, second = job.strategies
     difference = paired_estimate(

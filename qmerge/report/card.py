@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qmerge.report.markdown import escape, grid, summary
+from qmerge.report.markdown import coded, escape, grid, summary
 from qmerge.report.words import findings, legend, size, verdict
 from qmerge.results import RunResult
 
@@ -24,7 +24,7 @@ def render(result: RunResult, *, name: str = "release") -> str:
         f"# {escape(name)}",
         _origin(result),
         f"**{escape(_verdict(result))}**",
-        "\n".join(f"- {escape(line)}" for line in findings(result)),
+        "\n".join(f"- {coded(line, result)}" for line in findings(result)),
         "## What it costs",
         _arms_legend(result),
         summary(result),

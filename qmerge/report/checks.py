@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qmerge.report.markdown import escape, grid, summary
+from qmerge.report.markdown import coded, escape, grid, summary
 from qmerge.report.text import render, render_comparison, table
 from qmerge.report.words import (
     change_phrase,
@@ -45,7 +45,7 @@ class Checked:
 def of_result(result: RunResult) -> Checked:
     """The limits; that there are scores at all is a check of its own."""
     sentence = verdict(result).sentence
-    found = [f"- {escape(line)}" for line in findings(result)]
+    found = [f"- {coded(line, result)}" for line in findings(result)]
     return Checked(
         command=f"qmerge {result.command}",
         sentence=sentence,

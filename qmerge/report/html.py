@@ -27,6 +27,7 @@ from qmerge.report.words import (
     heading,
     kl_figure,
     legend,
+    pieces_of,
     previous_lines,
     printable,
     rows,
@@ -97,7 +98,8 @@ def render(result: RunResult) -> str:
         origin=_origin(result),
         verdict=verdict(result),
         tiles=_tiles(result),
-        findings=[*findings(result), *previous_lines(result)],
+        findings=[_coded(line, result) for line in findings(result)] + previous_lines(result),
+        warnings=[_coded(line, result) for line in result.warnings],
         columns=COLUMNS,
         tables=[
             Table(
@@ -133,6 +135,13 @@ def _origin(result: RunResult) -> str:
     if result.release is not None and result.release.format:
         parts.append(result.release.format)
     return " · ".join(part for part in parts if part)
+
+
+def _coded(text: str, result: RunResult) -> Markup:
+    """What is to be pasted as code, in one piece where there is room."""
+    pieces = pieces_of(text, [remedy.option for remedy in result.remedies])
+    code = Markup('<code class="option">{}</code>')
+    return Markup().join(code.format(piece) if is_code else piece for piece, is_code in pieces)
 
 
 def _tiles(result: RunResult) -> list[Tile]:

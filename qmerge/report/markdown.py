@@ -15,6 +15,7 @@ from qmerge.report.words import (
     gate_lines,
     heading,
     legend,
+    pieces_of,
     previous_lines,
     printable,
     rows,
@@ -35,7 +36,7 @@ FIGURE = re.compile(
 def render(result: RunResult) -> str:
     """Verdict, tables, survival, layers, corpora, inputs, versions, times: the whole report."""
     blocks = ["# qmerge report", _bold(verdict(result).sentence)]
-    blocks.append("\n".join(f"- {escape(line)}" for line in findings(result)))
+    blocks.append("\n".join(f"- {coded(line, result)}" for line in findings(result)))
     blocks.append(summary(result))
     blocks.append(escape(legend(result)).replace("\\`", "`"))
     blocks.append(_all_figures(result))
@@ -44,7 +45,7 @@ def render(result: RunResult) -> str:
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
     if result.warnings:
-        lines = [f"- {escape(line)}" for line in result.warnings]
+        lines = [f"- {coded(line, result)}" for line in result.warnings]
         blocks.append("\n".join(["## Warnings", "", *lines]))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -110,6 +111,12 @@ def escape(text: str) -> str:
     flat = re.sub(r"\s+", " ", printable(text))
     marked = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def coded(text: str, result: RunResult) -> str:
+    """The same with what is to be pasted as code, where nothing is escaped."""
+    pieces = pieces_of(text, [remedy.option for remedy in result.remedies])
+    return "".join(f"`{piece}`" if code else escape(piece) for piece, code in pieces)
 
 
 def _bold(text: str) -> str:

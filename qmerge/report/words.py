@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -462,6 +462,15 @@ def findings(result: RunResult) -> list[str]:
             f"({count}: survival at least {remedy.survival:.3f}, {cost})."
         )
     return lines
+
+
+def pieces_of(text: str, options: Iterable[str]) -> list[tuple[str, bool]]:
+    """A line in pieces, and which of them are options to be pasted; a backtick would end one."""
+    found = [printable(option) for option in options if option and "`" not in option]
+    if not found:
+        return [(text, False)]
+    parts = re.split(f"({'|'.join(map(re.escape, found))})", printable(text))
+    return [(part, part in found) for part in parts if part]
 
 
 def printable(text: str) -> str:

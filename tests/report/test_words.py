@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from qmerge.report.words import (
     verdict,
     weakest,
 )
-from qmerge.results import ArmScore, Change, RunResult, Survival
+from qmerge.results import ArmScore, Change, Remedy, RunResult, Survival
 from tests.samples import finished, without_adapter_figures
 
 
@@ -189,3 +190,17 @@ def test_the_legend_speaks_of_the_arms_that_there_are() -> None:
         dataclasses.replace(result, arms={**arms, "release_substitute": arms["release"]})
     )
     assert legend(without_adapter_figures(result)) == ""
+
+
+def test_options_are_told_as_code_to_paste() -> None:
+    option = r"--override 're:m\.layers\.(0|1)\.<q>=bits:8'"
+    remedy = Remedy(option=option, where=("a", "b"), survival=0.95, extra_bytes=2048)
+    warning = f"adapter survival is under 0.9: {option} would bring it to 0.95"
+    result = dataclasses.replace(finished(), remedies=(remedy,), warnings=(warning,))
+    assert render(result, "md").count(f"`{option}`") == 2
+    page = render(result, "html")
+    assert (
+        page.count(f'<code class="option">{html.escape(option)}</code>'.replace("&#x27;", "&#39;"))
+        == 2
+    )
+    assert any(option in line for line in render(result, "text").splitlines())
