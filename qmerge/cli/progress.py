@@ -259,24 +259,28 @@ class LoggedProgress:
 
 
 def rich_bars(stream: TextIO) -> RichBars:
-    """Bars with stage, steps, what is being done, time gone, time left and memory."""
+    """Bars with stage, steps, time gone, time left, memory, and in what room there is the rest."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Rest(TextColumn):
+        """Cut where the terminal ends; the columns before it keep their width."""
+
+        def render(self, task: Any) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
 
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}", markup=False),
         TextColumn("{task.fields[memory]}", markup=False),
-        TextColumn("{task.fields[text]}", markup=False),
+        Rest("{task.fields[text]}", markup=False, table_column=Column(no_wrap=False)),
         console=Console(file=stream),
     )
 

@@ -108,11 +108,12 @@ def _so_far(parts: Mapping[str, Sequence[TokenStats]], reference: str | None) ->
     """Perplexity of the reference and of the releases, or of every arm where there are few, and
     how far the others are from the reference."""
     few = len(parts) <= FEW
+    alone = sum(arm.startswith("release") for arm in parts) == 1
     found = {}
     for arm, seen in parts.items():
         if not (few or arm == reference or arm.startswith("release")):
             continue
-        name = arm.replace("@", " by ")
+        name = arm.partition("@")[0] if alone else arm.replace("@", " by ")
         found[f"{name} perplexity"] = float(torch.cat([p.nll_R for p in seen]).nanmean().exp())
         if reference is not None and arm != reference:
             divergence = [p.kl_R for p in seen if p.kl_R is not None]

@@ -154,6 +154,19 @@ def test_bars_show_text_as_it_is() -> None:
     assert "2/2" in stream.getvalue()
 
 
+def test_a_narrow_terminal_cuts_the_end_alone() -> None:
+    stream = io.StringIO()
+    bars = rich_bars(stream)
+    bars.console.width = 80
+    with bars:
+        shown = RichProgress(bars)
+        shown.stage("walk", 120)
+        shown.step("layer 17")
+        shown.doing("a very long text about what is done " * 4)
+    line = stream.getvalue().splitlines()[-1]
+    assert re.match(r"walk\s+0/120 0:00:00\s+\d+ MiB layer 17: a very lo.*…\s*$", line), line
+
+
 def test_without_a_terminal_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with display() as shown:
         assert isinstance(shown, PlainProgress)
