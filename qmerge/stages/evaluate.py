@@ -18,8 +18,9 @@ from qmerge.model.layer import Call, Hidden, run
 from qmerge.model.streams import Streams, batches
 from qmerge.progress import Progress
 
-LOGIT_BYTES = 1 << 27
-"""Logits of one arm on one slice of the vocabulary that are held at one time."""
+LOGIT_BYTES = 1 << 28
+"""Logits of all arms on one slice of the vocabulary that are held at one time; at least those of
+one window."""
 LENS_WINDOWS, LENS_TOKENS = 16, 256
 """What is looked at behind each layer: enough to see where a divergence begins."""
 FEW = 4
@@ -123,7 +124,7 @@ def _so_far(parts: Mapping[str, Sequence[TokenStats]], reference: str | None) ->
 
 def _windows_at_once(frames: Mapping[str, Frame], length: int) -> int:
     widest = min(ROWS_AT_ONCE, max(frame.vocabulary for frame in frames.values()))
-    return max(1, LOGIT_BYTES // (4 * widest * length))
+    return max(1, LOGIT_BYTES // (4 * widest * length * len(frames)))
 
 
 def _score_rows(

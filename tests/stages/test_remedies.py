@@ -14,7 +14,7 @@ from qmerge.job import Settings
 from qmerge.pipeline import run
 from qmerge.recipe import Recipe
 from qmerge.report import render
-from qmerge.results import LayerResult, RunResult
+from qmerge.results import LayerResult, RunResult, decode, encode
 from qmerge.stages.remedies import alternatives
 
 PLAIN = Settings(
@@ -98,6 +98,7 @@ def test_a_remedy_is_what_a_run_with_it_gets(
     remedy = next(found for found in first.remedies if found.where[0].endswith("q_proj"))
     assert remedy.option == "--unit-survival"
     assert lowest(first, remedy.where) < 0.9
+    assert decode(LayerResult, encode(first), where="journal") == first
     again = run(replace(recipe, out=tmp_path / "again", unit_survival=True))
     # Nothing before the first linears differs, so they see the very same text.
     assert lowest(again.layers[0], remedy.where) == pytest.approx(remedy.survival, abs=1e-5)
