@@ -94,7 +94,8 @@ def _planned(job: Job, unit: Unit) -> PlannedUnit:
         bytes_in += job.original.stored_bytes(parameter) if job.original else 0
         shape = job.base.shape(parameter)
         if module_of(parameter) in modules and parameter.endswith(WEIGHT):
-            bytes_out += packed_bytes(shape, job.settings.spec.bits, job.settings.spec.group_size)
+            own = job.specs[module_of(parameter)]
+            bytes_out += packed_bytes(shape, own.bits, own.group_size)
         else:
             bytes_out += job.base.dense_bytes(parameter)
     return PlannedUnit(

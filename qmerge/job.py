@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +55,8 @@ class Job:
     evaluation: tuple[Corpus, ...]
     settings: Settings
     strategies: tuple[str, ...]
-    targets: frozenset[str]
-    """Modules that are quantized, by parameter name without `.weight`."""
+    specs: Mapping[str, GridSpec]
+    """The grids of the modules that are quantized, by parameter name without `.weight`."""
     at_once: int
     """Windows of a micro-batch."""
     waiting: bool
@@ -80,7 +80,7 @@ class Job:
         return tuple(
             module_of(name)
             for parameter in unit.parameters
-            if module_of(parameter) in self.targets
+            if module_of(parameter) in self.specs
             and parameter.endswith(".weight")
             and (name := under(parameter, unit.path)) is not None
         )

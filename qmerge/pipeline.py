@@ -191,7 +191,7 @@ def _check_original(job: Job, progress: Progress) -> None:
     base, original = job.base, job.original
     if original is None or job.recipe.force:
         return
-    names = sorted(name + WEIGHT for name in job.targets if base.is_quantized(name + WEIGHT))
+    names = sorted(name + WEIGHT for name in job.specs if base.is_quantized(name + WEIGHT))
     progress.stage("compare with the original", len(names))
     check_likeness(likeness(base, original, names, progress.step), base.format.summary.bits)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
@@ -18,6 +17,7 @@ from qmerge.estimate import summarize, waiting_bytes, working_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader
 from qmerge.gptq import GridSpec
+from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_original, open_weights
@@ -40,7 +40,6 @@ from qmerge.tuning import Tuning, base_notes, open_tuning
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
-SERVED_GROUPS = (-1, 32, 64, 128)
 OFFLINE_CALIBRATION = "pydoc"
 
 
@@ -74,14 +73,15 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     _check_out(recipe, faults)
     skeleton = base = original = previous = settings = None
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
-    targets: frozenset[str] = frozenset()
+    specs: dict[str, GridSpec] = {}
+    siblings: frozenset[tuple[str, ...]] = frozenset()
     notes: list[str] = []
     folders = tuple(each.folder for each in recipe.adapters())
     loaded = None
     tokenizer_folder = tokenizer_home(recipe.base, *folders)
     with faults.at("--base"):
         skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
-        probe(skeleton)
+        siblings = probe(skeleton)
         loaded = decide(recipe.base_quant, base.format.summary, folders)
         notes += loaded.notes
         if loaded.quant is not None:
@@ -94,8 +94,10 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             previous = _open_previous(recipe, skeleton)
         with faults.at("--bits, --group-size"):
             settings = _settings(recipe, base)
-            targets = _targets(base, skeleton)
-            faults.found += _misfits(skeleton, targets, settings.spec)
+            specs = grids(recipe, _targets(base, skeleton), settings.spec, faults)
+            faults.found += misfits(skeleton, specs)
+            faults.found += torn(skeleton, specs, siblings)
+            notes += serving_notes(settings.format, specs)
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
     if faults.found or not (skeleton and base and loaded and settings and texts):
         return None
@@ -118,7 +120,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         evaluation=evaluation,
         settings=settings,
         strategies=_strategies(recipe, tuning, notes),
-        targets=targets,
+        specs=specs,
         at_once=at_once,
         waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once),
         device=pick_device(recipe.device),
@@ -245,40 +247,6 @@ def _targets(base: Weights, skeleton: Skeleton) -> frozenset[str]:
         if base.format.weights[stored].quantized
     }
     return linears & quantized if quantized else linears
-
-
-def _misfits(skeleton: Skeleton, targets: frozenset[str], spec: GridSpec) -> list[Fault]:
-    """Linears whose widths the settings cannot cut into groups or pack into words."""
-    linears = skeleton.linears()
-    uncut: dict[int, str] = {}
-    unpacked: dict[tuple[int, int], str] = {}
-    for name in sorted(targets):
-        width, outs = linears[name].in_features, linears[name].out_features
-        if spec.group_size != -1 and width % spec.group_size:
-            uncut.setdefault(width, name)
-        if width * spec.bits % 32 or outs * spec.bits % 32 or (spec.bits == 3 and width % 32):
-            unpacked.setdefault((width, outs), name)
-    faults = [
-        Fault(
-            where=name,
-            message=f"group size {spec.group_size} does not divide the input width {width}",
-            hint=f"use --group-size {_fitting_group(linears, targets)}",
-        )
-        for width, name in uncut.items()
-    ]
-    return faults + [
-        Fault(
-            where=name,
-            message=f"{outs} x {width} weights of {spec.bits} bits do not fill 32-bit words",
-            hint="no format can hold this layer; use other --bits, or leave the model dense",
-        )
-        for (width, outs), name in unpacked.items()
-    ]
-
-
-def _fitting_group(linears: dict[str, Any], targets: frozenset[str]) -> int:
-    groups = (group for group in reversed(SERVED_GROUPS) if group > 0)
-    return next((g for g in groups if all(linears[n].in_features % g == 0 for n in targets)), -1)
 
 
 def _strategies(recipe: Recipe, tuning: Tuning | None, notes: list[str]) -> tuple[str, ...]:

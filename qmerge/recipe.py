@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qmerge.errors import Fault
+from qmerge.errors import Fault, RecipeError
 from qmerge.options import (
     ADAPTERS,
     BASE_QUANT,
@@ -21,6 +21,7 @@ from qmerge.options import (
     FOLDER,
     FRACTION,
     NBYTES,
+    OVERRIDES,
     PATTERNS,
     SHARE,
     SPEC,
@@ -303,6 +304,15 @@ class Recipe(Scoring):
         "Quantizer",
         "Share of the Hessian's mean diagonal added to it; rises by itself where it must.",
     )
+    override: tuple[str, ...] = option(
+        (),
+        OVERRIDES,
+        "Quantizer",
+        "Other settings for the modules whose names PATTERN fits (as for --only); may be repeated,"
+        " later ones win. SETTINGS is bits:N, group:N or both with a comma between, or skip, which"
+        " leaves a module in 16 bits.",
+        unset="none",
+    )
     format: OutputFormat | None = option(
         None,
         choice("gptq", "gptq_v2", "compressed-tensors"),
@@ -324,8 +334,16 @@ class Recipe(Scoring):
         """The adapters in the order given, with their weights."""
         return tuple(map(_weighted, self.adapter))
 
+    def overrides(self) -> tuple[Override, ...]:
+        """The overrides in the order given; RecipeError for one that says nothing."""
+        return tuple(map(_override, self.override))
+
     def faults(self) -> tuple[Fault, ...]:
         found = super().faults()
+        try:
+            self.overrides()
+        except RecipeError as error:
+            found += (Fault(where="--override", message=error.message, hint=error.hint),)
         if self.strategy == "substitute" and self.original is None:
             message = "'substitute' needs the 16-bit original; without it only 'dequantize' can be"
             hint = "give --original DIR, or --strategy dequantize"
@@ -350,6 +368,38 @@ def _weighted(text: str) -> WeightedAdapter:
         )
     except ValueError:
         return _whole(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Settings of the modules that `pattern` fits; None is as for the others."""
+
+    pattern: str
+    skip: bool
+    bits: int | None
+    group_size: int | None
+
+
+_OVERRIDE = re.compile(
+    r"(?P<pattern>.+)=(?:(?P<skip>skip)"
+    r"|(?=.)(?:bits:(?P<bits>[2348]))?(?:(?:^|,|(?<==))group:(?P<group>-1|\d{1,5}))?)"
+)
+
+
+def _override(text: str) -> Override:
+    """PATTERN=skip, PATTERN=bits:N, PATTERN=group:N, PATTERN=bits:N,group:N."""
+    match = _OVERRIDE.fullmatch(text)
+    if match is None:
+        raise RecipeError(
+            f"{text!r} is not PATTERN=SETTINGS",
+            hint="SETTINGS is bits:2|3|4|8, group:N, both as in bits:8,group:32, or skip",
+        )
+    return Override(
+        pattern=match["pattern"],
+        skip=match["skip"] is not None,
+        bits=int(match["bits"]) if match["bits"] else None,
+        group_size=int(match["group"]) if match["group"] else None,
+    )
 
 
 def _whole(text: str) -> WeightedAdapter:

@@ -82,7 +82,7 @@ def write_config(job: Job, folder: Path) -> dict[str, str]:
 def quantization_settings(job: Job) -> dict[str, Any]:
     """The `quantization_config` of the release: the keys that transformers and servers read."""
     stored = job.base.names.stored
-    linears = job.skeleton.linears()
+    linears = {name: module_of(stored[name + WEIGHT]) for name in job.skeleton.linears()}
     spec = job.settings.spec
     return quantization_config(
         job.settings.format,
@@ -92,8 +92,12 @@ def quantization_settings(job: Job) -> dict[str, Any]:
         order=job.settings.order,
         damping=job.settings.damping,
         writer=f"qmerge:{__version__}",
-        quantized=[module_of(stored[name + WEIGHT]) for name in linears if name in job.targets],
-        kept=[module_of(stored[name + WEIGHT]) for name in linears if name not in job.targets],
+        quantized={
+            module: (job.specs[name].bits, job.specs[name].group_size)
+            for name, module in linears.items()
+            if name in job.specs
+        },
+        kept=[module for name, module in linears.items() if name not in job.specs],
     )
 
 

@@ -288,6 +288,7 @@ class Walk:
                 merged_OI=merged[name + WEIGHT],
                 origin_OI=origins[strategy][name + WEIGHT],
                 base=self.job.base.integer(join(unit.path, name) + WEIGHT),
+                spec=self.job.specs[join(unit.path, name)],
                 quantized_OI=origins["dequantize"][name + WEIGHT],
                 original_OI=original.get(name + WEIGHT),
             )

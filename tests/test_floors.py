@@ -37,7 +37,7 @@ FLOORS = (
     Floor(name="models", modules=("corpus", "model")),
     Floor(
         name="intent",
-        modules=("job", "texts", "estimate", "training", "tuning", "plan"),
+        modules=("job", "texts", "estimate", "training", "tuning", "grids", "plan"),
         ladder=True,
     ),
     Floor(name="work", modules=("stages",)),

@@ -339,6 +339,44 @@ def test_every_setting_makes_a_release_that_decodes_as_scored(
     assert close(found, result.arms["release"]["held_out"].perplexity, 1e-5)
 
 
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_overrides_stand_in_the_release_and_its_config(
+    asked: Recipe, tiny_nf4: Path, eval_text: Path, tmp_path: Path, form: Any
+) -> None:
+    recipe = replace(
+        asked,
+        base=tiny_nf4,
+        out=tmp_path / "out",
+        format=form,
+        override=("*.down_proj=bits:8", "*.layers.1.mlp.down_proj=group:64", "*.2.*=skip"),
+    )
+    result = run(recipe)
+    linears = {each.name: each for layer in result.layers for each in layer.linears}
+    opened = open_format(Checkpoint.open(recipe.out))
+    for name, each in linears.items():
+        found = opened.integer(f"{name}.weight")
+        down, second = name.endswith("down_proj"), ".1." in name
+        assert (found.bits, found.group_size) == (
+            8 if down else 4, 64 if down and second else 32
+        ), name  # fmt: skip
+        assert (each.bits, each.group_size) == (found.bits, found.group_size)
+    assert len(linears) == 14
+    assert not opened.weights["model.layers.2.mlp.down_proj.weight"].quantized
+    decoded = perplexity(decoded_model(recipe.out), windows(recipe.out, eval_text))
+    assert close(decoded, result.arms["release"]["held_out"].perplexity, 1e-5)
+
+
+def test_overrides_that_tear_siblings_or_fit_nothing_are_faults(
+    asked: Recipe, tiny_nf4: Path
+) -> None:
+    torn = replace(asked, base=tiny_nf4, override=("*.q_proj=bits:8", "*.no_proj=skip"))
+    with pytest.raises(PlanError) as caught:
+        run(torn)
+    said = [fault.message for fault in caught.value.faults]
+    assert any("fits no linear" in text for text in said)
+    assert any("layers.0.self_attn.q_proj" in text and "servers fuse" in text for text in said)
+
+
 def test_micro_batches_quantize_alike(asked: Recipe, tiny_nf4: Path, tmp_path: Path) -> None:
     whole = run(replace(asked, base=tiny_nf4, out=tmp_path / "whole"))
     parts = run(replace(asked, base=tiny_nf4, out=tmp_path / "parts", memory=1 << 20))

@@ -154,3 +154,29 @@ def test_any_recipe_survives_the_way_to_disk(
     file = tmp_path_factory.getbasetemp() / "again.yaml"
     file.write_text(asked.to_yaml(), encoding="utf-8")
     assert build(Recipe, {}, file=file) == asked
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "group_size", "skip"),
+    [
+        ("*.down_proj=bits:8", 8, None, False),
+        ("*.down_proj=group:32", None, 32, False),
+        ("re:.*=x=bits:3,group:-1", 3, -1, False),
+        ("*=skip", None, None, True),
+    ],
+)
+def test_overrides(text: str, bits: int | None, group_size: int | None, skip: bool) -> None:
+    (found,) = Recipe(base=Path("b"), out=Path("o"), override=(text,)).overrides()
+    assert found.pattern == text.rpartition("=")[0]
+    assert (found.bits, found.group_size, found.skip) == (bits, group_size, skip)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["*.down_proj", "x=", "x=bits:5", "x=bits:8;group:32", "x=bits:8group:32", "x=,group:32"],
+)
+def test_an_override_that_says_nothing_is_a_fault(text: str) -> None:
+    (fault,) = Recipe(base=Path("b"), out=Path("o"), override=(text,)).faults()
+    assert fault.where == "--override"
+    assert text in fault.message
+    assert "bits:8,group:32" in fault.hint

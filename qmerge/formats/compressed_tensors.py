@@ -8,6 +8,7 @@ int-quantized and float-quantized: X.weight int8 or FP8 [O, I] with X.weight_sca
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -325,34 +326,45 @@ def quantization_config(
     group_size: int,
     symmetric: bool,
     order: Literal["none", "group", "full"],
+    quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
 ) -> dict[str, Any]:
     """The `quantization_config` of a packed release.
 
-    `kept` names every linear outside the head that stays in 16 bits. RecipeError for the column
-    order `full`, as in `pack_compressed`.
+    `quantized` has bits and group size of the linears that are packed, and `kept` every linear
+    outside the head that stays in 16 bits. RecipeError for the column order `full`, as in
+    `pack_compressed`.
     """
     if order == "full":
         raise RecipeError(
             "compressed-tensors has no column groups of act-order since its release 0.19",
             hint="use the column order group or none, or write the format gptq",
         )
-    weights: dict[str, Any] = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "channel" if group_size == -1 else "group",
-        "group_size": None if group_size == -1 else group_size,
-        "dynamic": False,
-    }
-    if order == "group":
-        weights["actorder"] = "weight"
+
+    def scheme(targets: list[str], bits: int, group_size: int) -> dict[str, Any]:
+        weights: dict[str, Any] = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size == -1 else "group",
+            "group_size": None if group_size == -1 else group_size,
+            "dynamic": False,
+        }
+        if order == "group":
+            weights["actorder"] = "weight"
+        return {"targets": targets, "weights": weights, "input_activations": None}
+
+    others: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for module, own in sorted(quantized.items()):
+        if own != (bits, group_size):
+            others[own].append(module)
+    groups = [scheme(targets, *own) for own, targets in sorted(others.items())]
+    # The first that fits a module is taken, names before classes.
+    groups.append(scheme(["Linear"], bits, group_size))
     return {
         "quant_method": "compressed-tensors",
         "format": PACKED,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}
-        },
+        "config_groups": {f"group_{number}": each for number, each in enumerate(groups)},
         "ignore": sorted({"lm_head", *kept}),
     }

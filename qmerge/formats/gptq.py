@@ -342,13 +342,14 @@ def quantization_config(
     version: Literal[1, 2] = 1,
     damping: float,
     writer: str,
-    quantized: Iterable[str],
+    quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The settings for config.json (`quantization_config`) and for quantize_config.json.
 
-    `quantized` and `kept` are the linears of the decoder layers that are packed and that stay in
-    16 bits, by module name: gptqmodel and vLLM learn of the latter from `dynamic`, transformers
+    `quantized` and `kept` are the linears of the decoder layers that are packed, each with its bits
+    and group size, and that stay in 16 bits, by module name: gptqmodel and vLLM learn of the
+    latter, and of bits and groups of their own, from `dynamic`, transformers learns what is packed
     from `modules_in_block_to_quantize`. `writer` is a program and its version as in `qmerge:1.0`.
 
     RecipeError for asymmetric v1, which gptqmodel loads from no writer but itself.
@@ -378,7 +379,12 @@ def quantization_config(
         },
     }
     kept = sorted(kept)
+    dynamic: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in kept}
+    for module, own in sorted(quantized.items()):
+        if own != (bits, group_size):
+            dynamic[f"+:^{re.escape(module)}$"] = {"bits": own[0], "group_size": own[1]}
+    if dynamic:
+        config["dynamic"] = dynamic
     if kept:
-        config["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in kept}
         config["modules_in_block_to_quantize"] = [sorted(quantized)]
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -31,19 +31,24 @@ def quantization_config(
     order: Literal["none", "group", "full"],
     damping: float,
     writer: str,
-    quantized: Iterable[str],
+    quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
 ) -> dict[str, Any]:
     """The `quantization_config` that readers of the format need.
 
-    `quantized` and `kept` name the linears of the decoder layers that are packed and that stay
-    dense.
+    `quantized` and `kept` name the linears of the decoder layers that are packed, each with its
+    bits and group size, and that stay dense.
     """
     if form == "compressed-tensors":
         from qmerge.formats import compressed_tensors
 
         return compressed_tensors.quantization_config(
-            bits=bits, group_size=group_size, symmetric=symmetric, order=order, kept=kept
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            order=order,
+            quantized=quantized,
+            kept=kept,
         )
     return gptq.quantization_config(
         bits=bits,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
-from qmerge.model.layer import Call, Hidden, fill
+from qmerge.model.layer import Call, Hidden, fill, linears, run, sibling_groups
 from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
 
 ROWS_AT_ONCE = 8192
@@ -212,11 +212,13 @@ def _weight_name(model: nn.Module, module: nn.Module) -> str:
     return f"{next(names)}.weight"
 
 
-def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
+def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset[tuple[str, ...]]:
     """Prove that this model can be walked: streamed equals plain forward on random weights.
 
     The same class with few layers and a small vocabulary; raises `ModelError` when they differ.
+    Comes back with the linears that read the same input, by their names in a layer.
     """
+    siblings = set()
     config = copy.deepcopy(skeleton.model.config)
     text = text_config(config)
     kinds = getattr(text, "layer_types", None)
@@ -243,8 +245,8 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
             layer = small.layer(index)
             path = small.layer_path(index) + "."
             fill(layer, {k[len(path) :]: v for k, v in state.items() if k.startswith(path)})
-            output = layer(hidden, *call.args, **call.kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
+            siblings |= {*sibling_groups(layer, hidden, call, linears(layer))}
+            hidden = run(layer, hidden, call)
         rows = frame.leave(hidden).flatten(0, 1)
         parts = [
             frame.logits(rows, start, frame.head_rows(start, start + ROWS_AT_ONCE))
@@ -264,6 +266,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> None:
             f"by {difference:.2g}",
             hint="this architecture keeps state between its layers that qmerge does not carry",
         )
+    return frozenset(siblings)
 
 
 def _random_state(skeleton: Skeleton, generator: torch.Generator) -> dict[str, torch.Tensor]:

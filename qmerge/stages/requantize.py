@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from qmerge.formats.base import IntegerWeight
-from qmerge.gptq import Drift, Grid, Hessian, Update, expressible, solve_update
+from qmerge.gptq import Drift, Grid, GridSpec, Hessian, Update, expressible, solve_update
 from qmerge.job import Settings
 from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
@@ -44,6 +44,7 @@ class Weight:
     """What the adapter was merged onto."""
     base: IntegerWeight | None
     """The base's own codes, where it is on an integer grid."""
+    spec: GridSpec
     original_OI: torch.Tensor | None = None
     """What the base was quantized from, where it is at hand."""
     quantized_OI: torch.Tensor | None = None
@@ -137,7 +138,8 @@ class Requantizer:
     def run(self, calibration: Calibration, call: Call) -> Iterator[tuple[Hidden, Hidden | None]]:
         """Quantize everything; outputs of the release's layer and of the reference's, in order."""
         first = calibration.read(0, 1)
-        groups = sibling_groups(self._reference, first, call, self._twins)
+        siblings = sibling_groups(self._reference, first, call, self._twins)
+        groups = [own for group in siblings for own in self._alike(group)]
         if calibration.read_reference is not None:
             places = residual_places(self._reference, first, call, self._twins)
             self._places = {name: place for name, place in places.items() if (name,) in groups}
@@ -191,11 +193,19 @@ class Requantizer:
     def _quantize(self, group: Group, moments: Moments) -> None:
         """Solve siblings stacked along O, and put what they decode to in place."""
         H_II = moments.hessian.mean()
-        updates = self._solve(group, moments, H_II, self._settings)
+        updates = self._solve(group, moments, H_II, self._settings_of(group))
         for name, update in zip(group, updates, strict=True):
             self._place(name, update, H_II, moments.hessian.dropped)
         if any(is_weak(self.results[name].survival) for name in group):
             self._seek_remedy(group, moments, H_II)
+
+    def _alike(self, group: Group) -> list[Group]:
+        """Siblings with the same grids."""
+        specs = dict.fromkeys(self._weights[name].spec for name in group)
+        return [tuple(n for n in group if self._weights[n].spec == spec) for spec in specs]
+
+    def _settings_of(self, group: Group) -> Settings:
+        return replace(self._settings, spec=self._weights[group[0]].spec)
 
     def _solve(
         self, group: Group, moments: Moments, H_II: torch.Tensor, settings: Settings
@@ -226,7 +236,7 @@ class Requantizer:
             found = [update.survival for update in updates if update.survival is not None]
             return min(found, default=None)
 
-        weights, settings = [self._weights[name] for name in group], self._settings
+        weights, settings = [self._weights[name] for name in group], self._settings_of(group)
         rows, width = sum(weight.merged_OI.shape[0] for weight in weights), H_II.shape[0]
         base = _base_grid([weight.base for weight in weights], settings)
         anchorable = base is not None and expressible(base, settings.spec, settings.order, width)
@@ -236,7 +246,8 @@ class Requantizer:
             self.remedies.append(found)
 
     def _place(self, name: str, update: Update, H_II: torch.Tensor, dropped: int) -> None:
-        weight, spec, solution = self._weights[name], self._settings.spec, update.solution
+        weight, solution = self._weights[name], update.solution
+        spec = weight.spec
         self._modules[name].weight = nn.Parameter(solution.weight_OI, requires_grad=False)
         self.packed[name] = IntegerWeight(
             codes_OI=solution.codes_OI,

@@ -213,11 +213,11 @@ def _order_faults(opened: Opened) -> list[str]:
     """Without desc_act servers do not look at g_idx: it must be the trivial one."""
     if opened.settings.get("desc_act"):
         return []
-    size = int(opened.weights.format.summary.group_size or -1)
     wrong = []
     for name, info in opened.weights.checkpoint.tensors.items():
         if name.endswith(".g_idx"):
-            columns = info.shape[0] if size == -1 else size
+            steps = opened.weights.checkpoint.tensors[f"{module_of(name)}.scales"]
+            columns = info.shape[0] // steps.shape[0]
             trivial = torch.arange(info.shape[0], dtype=torch.int32) // columns
             if not torch.equal(opened.weights.checkpoint.read(name).int(), trivial):
                 wrong.append(f"{name} is not in order, and desc_act is false")

@@ -147,7 +147,7 @@ def packed(original: Path, folder: Path, form: Any) -> Path:
         order="none",
         damping=0.01,
         writer="test",
-        quantized=names,
+        quantized=dict.fromkeys(names, (4, 32)),
         kept=[],
     )
     write_shard(folder / "model.safetensors", tensors)

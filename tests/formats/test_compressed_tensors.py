@@ -413,7 +413,12 @@ def test_the_package_takes_our_settings(symmetric: bool, group_size: int, order:
     from compressed_tensors.quantization import QuantizationConfig
 
     ours = quantization_config(
-        bits=4, group_size=group_size, symmetric=symmetric, order=order, kept=["model.x"]
+        bits=4,
+        group_size=group_size,
+        symmetric=symmetric,
+        order=order,
+        quantized={},
+        kept=["model.x"],
     )
     theirs = QuantizationConfig.model_validate(ours)
     weights = theirs.config_groups["group_0"].weights
@@ -426,14 +431,29 @@ def test_the_package_takes_our_settings(symmetric: bool, group_size: int, order:
 
 def test_act_order_is_not_written() -> None:
     with pytest.raises(RecipeError, match="act-order"):
-        quantization_config(bits=4, group_size=32, symmetric=True, order="full", kept=())
+        quantization_config(
+            bits=4, group_size=32, symmetric=True, order="full", quantized={}, kept=()
+        )
     with pytest.raises(RecipeError, match="act-order"):
         pack_compressed(tiny.grid(shuffled=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_transformers_loads_a_release(tmp_path: Path, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("symmetric", "own"),
+    [
+        (True, {}),
+        (False, {}),
+        (
+            True,
+            {"model.layers.0.mlp.down_proj": (8, 16), "model.layers.1.self_attn.o_proj": (4, 64)},
+        ),
+    ],
+    ids=["symmetric", "asymmetric", "overrides"],
+)
+def test_transformers_loads_a_release(
+    tmp_path: Path, symmetric: bool, own: dict[str, tuple[int, int]]
+) -> None:
     """Equal logits in fp32: transformers decodes with the package, and so do we."""
     package()
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen3Config
@@ -451,6 +471,7 @@ def test_transformers_loads_a_release(tmp_path: Path, symmetric: bool) -> None:
     )
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     kept = ["model.layers.1.mlp.down_proj"]
+    quantized: dict[str, tuple[int, int]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for seed, (name, parameter) in enumerate(reference.named_parameters()):
         module = name.removesuffix(".weight")
@@ -458,25 +479,32 @@ def test_transformers_loads_a_release(tmp_path: Path, symmetric: bool) -> None:
             tensors[name] = parameter.data
             continue
         rows, columns = parameter.shape
+        quantized[module] = own.get(module, (4, 32))
+        bits, group_size = quantized[module]
         weight = tiny.grid(
             rows=rows,
             columns=columns,
+            bits=bits,
+            group_size=group_size,
             symmetric=symmetric,
             seed=seed,
             dtype=torch.float32,
         )
-        weight.scales_OG.div_(16)
+        weight.scales_OG.div_(1 << bits)
         parameter.data = weight.dense()
         tensors |= tiny.under(module, pack_compressed(weight))
-    own = quantization_config(bits=4, group_size=32, symmetric=symmetric, order="group", kept=kept)
-    whole = config.to_dict() | {"quantization_config": own, "dtype": "float32"}
+    settings = quantization_config(
+        bits=4, group_size=32, symmetric=symmetric, order="group", quantized=quantized, kept=kept
+    )
+    whole = config.to_dict() | {"quantization_config": settings, "dtype": "float32"}
     whole["architectures"] = [type(reference).__name__]
     (tmp_path / "config.json").write_text(json.dumps(whole))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         dtype=torch.float32,
-        quantization_config=CompressedTensorsConfig(dequantize=True),
+        # It decodes ahead with one scheme for all, and needs to for zero points of their own.
+        quantization_config=CompressedTensorsConfig(dequantize=not own),
     )
     tokens = torch.arange(32).view(2, 16)
     with torch.no_grad():

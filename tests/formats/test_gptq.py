@@ -369,7 +369,7 @@ def written(**changes: Any) -> dict[str, Any]:
         "desc_act": False,
         "damping": 0.01,
         "writer": "qmerge:0.1.0",
-        "quantized": ["model.layers.0.mlp.up_proj"],
+        "quantized": {"model.layers.0.mlp.up_proj": (4, 128)},
     }
     return quantization_config(**(arguments | changes))
 

@@ -42,7 +42,9 @@ def requantized(
         layer,
         reference,
         {
-            name: Weight(merged_OI=m.weight, origin_OI=m.weight * 0.9, base=None)
+            name: Weight(
+                merged_OI=m.weight, origin_OI=m.weight * 0.9, base=None, spec=settings.spec
+            )
             for name, m in linears(reference).items()
         },
         settings,

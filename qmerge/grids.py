@@ -1,0 +1,117 @@
+"""Which linears are quantized, and onto what grids: one for all, and overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from qmerge.errors import Fault
+from qmerge.formats.writing import OutputFormat
+from qmerge.gptq import GridSpec
+from qmerge.job import Faults
+from qmerge.model.skeleton import Skeleton
+from qmerge.names import join, matches, module_of
+from qmerge.recipe import Recipe
+
+SERVED_GROUPS = (-1, 32, 64, 128)
+
+
+def grids(
+    recipe: Recipe, targets: frozenset[str], spec: GridSpec, faults: Faults
+) -> dict[str, GridSpec]:
+    """The grids of the linears that are quantized, overrides applied."""
+    specs = dict.fromkeys(sorted(targets), spec)
+    for text, override in zip(recipe.override, recipe.overrides(), strict=True):
+        fitting = [name for name in specs if matches(override.pattern, name)]
+        if not fitting:
+            message = f"{text!r} fits no linear that would be quantized"
+            hint = f"their names are as {min(targets, default='')}"
+            faults.found.append(Fault(where="--override", message=message, hint=hint))
+        for name in fitting:
+            if override.skip:
+                del specs[name]
+                continue
+            own = specs[name]
+            specs[name] = replace(
+                own,
+                bits=override.bits or own.bits,
+                group_size=override.group_size or own.group_size,
+            )
+    if targets and not specs:
+        message = "nothing is left to quantize"
+        faults.found.append(Fault(where="--override", message=message))
+    return specs
+
+
+def torn(
+    skeleton: Skeleton, specs: Mapping[str, GridSpec], siblings: frozenset[tuple[str, ...]]
+) -> list[Fault]:
+    """Linears that servers fuse, with different grids."""
+    faults = []
+    for index in range(skeleton.layer_count):
+        path = skeleton.layer_path(index)
+        for group in sorted(siblings):
+            fused = _fused([join(path, name) for name in group])
+            faults += [
+                Fault(
+                    where="--override",
+                    message=f"gives {' and '.join(names)}, which servers fuse, different grids",
+                    hint="let the pattern fit all of them or none",
+                )
+                for names in fused
+                if len({specs.get(name) for name in names}) > 1
+            ]
+    return faults
+
+
+def _fused(group: list[str]) -> list[list[str]]:
+    """Siblings of one module."""
+    parents: dict[str, list[str]] = {}
+    for name in group:
+        parents.setdefault(module_of(name), []).append(name)
+    return list(parents.values())
+
+
+def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:
+    """Linears whose widths the settings cannot cut into groups or pack into words."""
+    linears = skeleton.linears()
+    uncut: dict[tuple[int, int], str] = {}
+    unpacked: dict[tuple[int, int, int], str] = {}
+    for name, spec in specs.items():
+        width, outs = linears[name].in_features, linears[name].out_features
+        if spec.group_size != -1 and width % spec.group_size:
+            uncut.setdefault((width, spec.group_size), name)
+        if width * spec.bits % 32 or outs * spec.bits % 32 or (spec.bits == 3 and width % 32):
+            unpacked.setdefault((width, outs, spec.bits), name)
+    faults = [
+        Fault(
+            where=name,
+            message=f"group size {group_size} does not divide the input width {width}",
+            hint=f"use --group-size {_fitting_group(linears, specs)}",
+        )
+        for (width, group_size), name in uncut.items()
+    ]
+    return faults + [
+        Fault(
+            where=name,
+            message=f"{outs} x {width} weights of {bits} bits do not fill 32-bit words",
+            hint=f"no format can hold this layer; use other --bits, or --override '{name}=skip'",
+        )
+        for (width, outs, bits), name in unpacked.items()
+    ]
+
+
+def _fitting_group(linears: dict[str, Any], targets: Iterable[str]) -> int:
+    groups = (group for group in reversed(SERVED_GROUPS) if group > 0)
+    return next((g for g in groups if all(linears[n].in_features % g == 0 for n in targets)), -1)
+
+
+def serving_notes(form: OutputFormat, specs: Mapping[str, GridSpec]) -> list[str]:
+    """What loaders make of a release whose linears differ."""
+    if form == "compressed-tensors" or len(set(specs.values())) < 2:
+        return []
+    return [
+        f"transformers gives all linears of a {form} release the same bits and groups: open this "
+        "one with gptqmodel or vLLM, or write it with --format compressed-tensors"
+    ]
