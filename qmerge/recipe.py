@@ -381,8 +381,8 @@ class Override:
 
 
 _OVERRIDE = re.compile(
-    r"(?P<pattern>.+)=(?:(?P<skip>skip)"
-    r"|(?=.)(?:bits:(?P<bits>[2348]))?(?:(?:^|,|(?<==))group:(?P<group>-1|\d{1,5}))?)"
+    r"(?P<pattern>.+)=(?P<settings>skip|bits:[2348]|group:(?:-1|[1-9]\d{0,4})"
+    r"|bits:[2348],group:(?:-1|[1-9]\d{0,4}))"
 )
 
 
@@ -394,11 +394,12 @@ def _override(text: str) -> Override:
             f"{text!r} is not PATTERN=SETTINGS",
             hint="SETTINGS is bits:2|3|4|8, group:N, both as in bits:8,group:32, or skip",
         )
+    values = dict(each.split(":") for each in match["settings"].split(",") if ":" in each)
     return Override(
         pattern=match["pattern"],
-        skip=match["skip"] is not None,
-        bits=int(match["bits"]) if match["bits"] else None,
-        group_size=int(match["group"]) if match["group"] else None,
+        skip=match["settings"] == "skip",
+        bits=int(values["bits"]) if "bits" in values else None,
+        group_size=int(values["group"]) if "group" in values else None,
     )
 
 
