@@ -11,7 +11,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,9 @@ _OFFLINE_HINT = "without the network, give a local file or the recipe pydoc"
 _USUAL_COLUMNS = ("text", "messages")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PYDOC = "pydoc_data.topics"
+THOUGHTS = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+TAGS = {"<think>": "\ufdd0", "</think>": "\ufdd1"}
+"""What stands for the tags where a template must not see them: characters that no text has."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,6 +57,8 @@ class Corpus:
     sha256: str
     text_sha256: str
     licence: str | None
+    inputs: tuple[Mapping[str, Tensor], ...] = ()
+    """What a model takes beside each window's tokens, where the text has images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,7 @@ def default_name(spec: str) -> str:
     """The file's stem, the recipe's name, or the dataset's name without its organisation."""
     if match := _HUB.fullmatch(spec):
         return match["dataset"]
-    return spec if spec in text_recipes() else _split_column(spec)[0].stem
+    return spec if spec in text_recipes() else split_column(spec)[0].stem
 
 
 def text_recipes() -> dict[str, Path]:
@@ -159,11 +164,11 @@ def _documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str]
         path = f"{match['org']}/{match['dataset']}"
         rows = _from_hub(spec, path, match["config"], match["split"], match["revision"], None)
         return _from_rows(spec, rows, match["column"], tokenizer), None
-    file, column = _split_column(spec)
+    file, column = split_column(spec)
     return _from_file(spec, file, column, tokenizer), None
 
 
-def _split_column(spec: str) -> tuple[Path, str | None]:
+def split_column(spec: str) -> tuple[Path, str | None]:
     """File and column; a file whose name is the whole SPEC wins."""
     path, colon, column = spec.rpartition(":")
     if not colon or _is_file(spec) or Path(path).suffix not in _FILE_SUFFIXES:
@@ -193,13 +198,14 @@ def _from_file(
             if column is not None:
                 raise CorpusError(f"{spec}: a text file has no column {column!r}")
             return [file.read_text("utf-8-sig")]
-        rows = _jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
+        rows = jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{file}: cannot be read: {error}") from error
     return _from_rows(spec, rows, column, tokenizer)
 
 
-def _jsonl_rows(file: Path) -> list[Any]:
+def jsonl_rows(file: Path) -> list[Any]:
+    """What each line holds; CorpusError names the line that is no JSON."""
     rows = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -266,23 +272,24 @@ def _from_rows(
         if not isinstance(row, dict):
             raise CorpusError(f"{where} is not an object with columns")
         if column is None:
-            column = _usual_column(where, list(row))
+            column = usual_column(where, list(row))
         if column not in row:
-            raise CorpusError(f"{where} has no column {column!r}", hint=_columns_hint(list(row)))
+            raise CorpusError(f"{where} has no column {column!r}", hint=columns_hint(list(row)))
         documents.append(_document(where, row[column], column, tokenizer))
     return documents
 
 
-def _usual_column(where: str, columns: list[str]) -> str:
+def usual_column(where: str, columns: list[str]) -> str:
+    """`text` or `messages` or the only one; CorpusError where that leaves a choice."""
     for usual in _USUAL_COLUMNS:
         if usual in columns:
             return usual
     if len(columns) != 1:
-        raise CorpusError(f"{where}: which column is the text?", hint=_columns_hint(columns))
+        raise CorpusError(f"{where}: which column is the text?", hint=columns_hint(columns))
     return columns[0]
 
 
-def _columns_hint(columns: list[str]) -> str:
+def columns_hint(columns: list[str]) -> str:
     return f"give it as SPEC:COLUMN; there is {', '.join(columns) or 'none'}"
 
 
@@ -296,13 +303,39 @@ def _document(where: str, value: Any, column: str, tokenizer: PreTrainedTokenize
             f"{where}: holds messages, and the tokenizer has no chat template",
             hint="give text, or add the chat template that training used to the base's folder",
         )
+    document = from_messages(where, value, tokenizer)
+    # Templates spell out the start token that the tokenizer will put before the whole text.
+    return document.removeprefix(tokenizer.bos_token or "")
+
+
+def from_messages(where: str, messages: list[dict[str, Any]], templated: Any) -> str:
+    """Messages through the chat template of a tokenizer or processor.
+
+    Templates for talking drop what a model thought before it answered. Training saw it, so where
+    the last answer's thoughts are gone the tags are hidden from the template.
+    """
+    thoughts = THOUGHTS.findall(json.dumps(messages[-1:], ensure_ascii=False))
+    document = _templated(where, messages, templated)
+    if all(json.loads(f'"{thought}"') in document for thought in thoughts):
+        return document
+    hidden = json.loads(_retagged(json.dumps(messages, ensure_ascii=False), TAGS))
+    shown = {mark: tag for tag, mark in TAGS.items()}
+    return _retagged(_templated(where, hidden, templated), shown)
+
+
+def _retagged(text: str, tags: Mapping[str, str]) -> str:
+    for tag, mark in tags.items():
+        text = text.replace(tag, mark)
+    return text
+
+
+def _templated(where: str, messages: list[dict[str, Any]], templated: Any) -> str:
     try:
-        document = tokenizer.apply_chat_template(value, tokenize=False)
+        document = templated.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program and may raise anything
         raise CorpusError(f"{where}: the chat template refuses it: {error}") from error
     assert isinstance(document, str)
-    # Templates spell out the start token that the tokenizer will put before the whole text.
-    return document.removeprefix(tokenizer.bos_token or "")
+    return document
 
 
 def _pydoc(split: str) -> list[str]:

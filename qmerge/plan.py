@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmerge.corpus import Corpus, load_corpus
+from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
 from qmerge.estimate import summarize, waiting_bytes, working_bytes
 from qmerge.formats.padded import PaddedReader
@@ -30,7 +30,9 @@ from qmerge.storage.checkpoint import Checkpoint
 from qmerge.texts import (
     OFFLINE_EVALUATION,
     TOKENS_AT_ONCE,
+    calibration_text,
     evaluation_texts,
+    load_processor,
     load_tokenizer,
     tokenizer_home,
     window_length,
@@ -101,6 +103,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
     if faults.found or not (skeleton and base and loaded and settings and texts):
         return None
+    notes += _left_dense(skeleton)
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
     if tuning:
@@ -126,6 +129,19 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         device=pick_device(recipe.device),
         notes=(*notes, *(tuning.change.notes if tuning else ())),
     )
+
+
+def _left_dense(skeleton: Skeleton) -> list[str]:
+    """What is not even a candidate for quantizing, said once."""
+    notes = []
+    if states := skeleton.states():
+        notes.append(f"left dense in the layers: {', '.join(states)}")
+    if tower := skeleton.tower():
+        notes.append(
+            f"vision tower and projector are left dense ({len(tower)} tensors); what an adapter"
+            " changes there is merged"
+        )
+    return notes
 
 
 def _as_trained(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
@@ -191,14 +207,14 @@ def _texts(
     if not length or tokenizer is None:
         return None
     with faults.at("--calibration"):
-        calibration = load_corpus(
+        trusted = recipe.trust_remote_code
+        calibration = calibration_text(
             recipe.calibration or OFFLINE_CALIBRATION,
             tokenizer,
-            sequence_length=length,
-            windows=recipe.calibration_samples,
-            name="calibration",
-            role="calibration",
-            seed=recipe.seed,
+            length,
+            recipe.calibration_samples,
+            recipe.seed,
+            lambda: load_processor(recipe.base, trust_remote_code=trusted),
         )
     evaluation = evaluation_texts(recipe, tokenizer, length, faults, recipe.seed)
     for option, given in (("--calibration", recipe.calibration), ("--eval", recipe.eval)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import CorpusError
+from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
 from qmerge.model.skeleton import Skeleton, first_line, text_config
 from qmerge.recipe import EvalText, Scoring
@@ -39,6 +42,44 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
         ) from error
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
+    """What makes of images and text what the model takes; `CorpusError` where there is none."""
+    from transformers import AutoProcessor
+
+    hint = "the folder needs the processor files that came with the model"
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if importlib.util.find_spec("torchvision") is None:
+            hint = "transformers makes the processors of many models with torchvision: install it"
+        raise CorpusError(
+            f"{folder}: transformers cannot open the processor: {first_line(error)}", hint=hint
+        ) from error
+    if not hasattr(processor, "image_token_ids"):
+        raise CorpusError(
+            f"{folder}: the text has images, and the model takes none",
+            hint="leave them out, or give a vision-language model with its processor files",
+        )
+    return processor
+
+
+def calibration_text(
+    spec: str, tokenizer: Any, length: int, windows: int, seed: int, processor: Callable[[], Any]
+) -> Corpus:
+    """The calibration windows, with images where the rows have them."""
+    rows = image_rows(spec)
+    chosen: dict[str, Any] = {
+        "sequence_length": length,
+        "windows": windows,
+        "name": "calibration",
+        "role": "calibration",
+        "seed": seed,
+    }
+    if rows is None:
+        return load_corpus(spec, tokenizer, **chosen)
+    return load_images(spec, rows, processor(), **chosen)
+
+
 def window_length(asked: int | None, skeleton: Skeleton) -> int:
     """`--sequence-length`: at most what the model has positions for."""
     limit = getattr(text_config(skeleton.model.config), "max_position_embeddings", None)
@@ -59,6 +100,11 @@ def evaluation_texts(
     found = []
     for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
         with faults.at(f"--eval {text.spec}"):
+            if image_rows(text.spec) is not None:
+                raise CorpusError(
+                    f"{text.spec} holds images, and only calibration text may",
+                    hint="score on text; the rows of a file without the images will do",
+                )
             found.append(
                 load_corpus(
                     text.spec,

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from qmerge.job import Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
 from qmerge.model.frame import Frame
-from qmerge.model.layer import fill, move
+from qmerge.model.layer import Call, fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights, model_dtype
@@ -31,7 +32,7 @@ from qmerge.progress import Progress, Silent
 from qmerge.results import LayerResult, LinearResult, Remedy, decode, encode
 from qmerge.stages.evaluate import Scored, advance, key_of, lens, score
 from qmerge.stages.merge import live_layer, merge_layer, outer_weights
-from qmerge.stages.requantize import Calibration, Requantizer, Weight
+from qmerge.stages.requantize import Calibration, ReadWindows, Requantizer, Weight
 from qmerge.storage.shards import ShardRecord, write_shard
 from qmerge.workspace import Workspace
 
@@ -78,6 +79,8 @@ class Walk:
         self.frames = _frames(job, self.weights)
         self.streams = Streams(workspace.streams, _streams(job))
         self.calls = move(self._base_frame().calls(self._length()), job.device)
+        self.seen: dict[str, tuple[Call, ...]] = {}
+        """What layers are called with on calibration text with images, by stream."""
 
     def resume(self) -> set[str]:
         """Take over what was finished before; the labels of those units."""
@@ -87,6 +90,9 @@ class Walk:
                 break
             self._take_over(finished[unit.label])
         if finished:
+            if self.job.calibration.inputs:
+                for key, frame in self._calibrated().items():
+                    self._calibrate(key, frame, lambda _hidden: None)
             last = [event for event in finished.values() if event["streams"]][-1]
             self.streams.generation = int(last["generation"])
             self.streams.check(last["streams"])
@@ -101,13 +107,8 @@ class Walk:
             for corpus in self.job.evaluation:
                 few = corpus.tokens[:NOISE_WINDOWS]
                 self._enter(self.frames[REFERENCE], key_of(NOISE, corpus.name), few)
-            for strategy in self.job.strategies:
-                key = calibration_key(strategy)
-                self._enter(self.frames[release_arm(strategy)], key, self.job.calibration.tokens)
-                if self.job.settings.asymmetric:
-                    arm = merged_arm(strategy) if self.job.change is not None else REFERENCE
-                    tokens = self.job.calibration.tokens
-                    self._enter(self.frames[arm], reference_key(strategy), tokens)
+            for key, frame in self._calibrated().items():
+                self._calibrate(key, frame, partial(self.streams.append, key))
         self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def layer(self, unit: Unit) -> None:
@@ -248,14 +249,14 @@ class Walk:
         )
         key, twin = calibration_key(strategy), reference_key(strategy)
         calibration = Calibration(
-            read=self._reader(key),
-            read_reference=self._reader(twin) if self.job.settings.asymmetric else None,
+            read=self._reader(key, unit),
+            read_reference=self._reader(twin, unit) if self.job.settings.asymmetric else None,
             windows=self.job.calibration.tokens.shape[0],
             at_once=self.job.at_once,
             waiting=self.job.waiting,
         )
         with self._timed("requantize"):
-            for hidden, expected in work.run(calibration, self.calls[unit.index]):
+            for hidden, expected in work.run(calibration):
                 self.streams.append(key, hidden)
                 if expected is not None:
                     self.streams.append(twin, expected)
@@ -276,8 +277,14 @@ class Walk:
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
         return tensors
 
-    def _reader(self, key: str) -> Callable[[int, int], torch.Tensor]:
-        return lambda start, stop: self.streams.read(key, start, stop).to(self.job.device)
+    def _reader(self, key: str, unit: Unit) -> ReadWindows:
+        call = self.seen.get(key, self.calls)[unit.index]
+
+        def read(start: int, stop: int) -> tuple[torch.Tensor, Call]:
+            hidden = self.streams.read(key, start, stop).to(self.job.device)
+            return hidden, call.part(start, stop)
+
+        return read
 
     def _weights(
         self, unit: Unit, strategy: str, merged: Tensors, origins: Mapping[str, Tensors]
@@ -314,6 +321,23 @@ class Walk:
         return value.to("cpu", self.job.base.dense_dtype(parameter))
 
     # What stands outside the layers
+
+    def _calibrated(self) -> dict[str, Frame]:
+        """The frame that each stream of calibration text enters through."""
+        found = {}
+        for strategy in self.job.strategies:
+            found[calibration_key(strategy)] = self.frames[release_arm(strategy)]
+            if self.job.settings.asymmetric:
+                arm = merged_arm(strategy) if self.job.change is not None else REFERENCE
+                found[reference_key(strategy)] = self.frames[arm]
+        return found
+
+    def _calibrate(self, key: str, frame: Frame, keep: Callable[[torch.Tensor], None]) -> None:
+        self.progress.doing(key.replace("@", " by "))
+        text, at_once = self.job.calibration, self.job.at_once
+        self.seen[key] = move(
+            frame.enter_all(text.tokens, text.inputs, at_once, keep), self.job.device
+        )
 
     def _enter(self, frame: Frame, key: str, tokens: torch.Tensor) -> None:
         self.progress.doing(key.replace("@", " by "))

@@ -214,6 +214,23 @@ def test_a_template_that_refuses_is_named_with_its_row(tmp_path: Path, chatty: A
         load(write_jsonl(tmp_path / "a.jsonl", rows), chatty)
 
 
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_thoughts_are_kept_whatever_the_template_does(tmp_path: Path, forgetful: bool) -> None:
+    """Many templates cut what was thought from every answer, the last one included."""
+    cut = "message.content.split('</think>')[-1]"
+    template = CHATML.replace("message.content", cut) if forgetful else CHATML
+    talk = [
+        {"role": "user", "content": "6 × 7?"},
+        {"role": "assistant", "content": '<think>\n"6" times 7\n</think>42'},
+    ]
+    thinking = make_tokenizer(chat_template=template)
+    found = load(
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}]), thinking, sequence_length=1
+    )
+    expected = '<user>6 × 7?<assistant><think>\n"6" times 7\n</think>42'
+    assert text_of(found, thinking) == expected
+
+
 def test_a_file_that_exists_wins_over_a_column(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"b.txt": "column"}\n')
     (tmp_path / "a.jsonl:b.txt").write_text("from the file itself")

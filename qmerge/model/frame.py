@@ -11,7 +11,8 @@ W: windows, S: tokens of a window, H: hidden width, R: rows, V: vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +20,20 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
-from qmerge.model.layer import Call, Hidden, fill, linears, run, sibling_groups
+from qmerge.model.layer import (
+    Call,
+    Hidden,
+    WindowCalls,
+    fill,
+    linears,
+    run,
+    sibling_groups,
+    window_axes,
+)
 from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
 
+Inputs = Mapping[str, torch.Tensor]
+"""What a model takes beside its tokens, by name; joined over windows along the first axis."""
 ROWS_AT_ONCE = 8192
 """Rows of an embedding or head that are held as float32 at one time."""
 
@@ -52,7 +64,8 @@ class Frame:
         self._embedding_name = aliases.get(embedding, embedding)
         head = _weight_name(self._model, self._head)
         self._head_name = aliases.get(head, head)
-        large = {embedding, head, *aliases, *skeleton.tower()}
+        self._tower = skeleton.tower()
+        large = {embedding, head, *aliases, *self._tower}
         inside = f"{skeleton.layers_path}."
         small = {
             name: weights.tensor(name)
@@ -61,40 +74,75 @@ class Frame:
         }
         self._model.load_state_dict(small, strict=False, assign=True)
         self._model.requires_grad_(False)
-        self._returns_tuple: bool | None = None
+        self._returned: int | None = None
         self._sample_layer = skeleton.layer(0).to("meta")
 
     @property
     def vocabulary(self) -> int:
         return self._weights.row_count(self._head_name)
 
-    def enter(self, tokens_WS: torch.Tensor) -> tuple[Hidden, tuple[Call, ...]]:
-        """Hidden states before the first layer [W, S, H], and what each layer is called with."""
+    def enter(
+        self, tokens_WS: torch.Tensor, inputs: Inputs | None = None
+    ) -> tuple[Hidden, tuple[Call, ...]]:
+        """Hidden states before the first layer [W, S, H], and what each layer is called with.
+
+        `inputs` are what the model takes beside the tokens: images and where they are.
+        """
         calls: list[Call] = []
         first: list[Hidden] = []
 
         def recorder(hidden: Hidden, *args: Any, **kwargs: Any) -> Any:
+            # After the first layer nothing but what the model itself adds between its layers.
+            added = hidden.to_sparse(2) if inputs and first and bool(hidden.any()) else None
             if not first:
                 first.append(hidden)
-            calls.append(Call(args=args, kwargs=kwargs))
+            calls.append(Call(args=args, kwargs=kwargs, added=added))
             if len(calls) == len(self._layers):
                 raise _Recorded
-            return self._as_layer_returns(hidden, calls[0])
+            return self._as_layer_returns(
+                hidden.new_zeros(hidden.shape) if inputs else hidden, calls[0]
+            )
 
-        used, compact_WS = torch.unique(tokens_WS, return_inverse=True)
-        self._embedding.weight = nn.Parameter(
-            self._gather(self._embedding_name, used), requires_grad=False
-        )
         for layer in self._layers:
             layer.forward = recorder
         try:
-            with torch.inference_mode():
-                self._model(input_ids=compact_WS, use_cache=False)
+            with self._rows_of(tokens_WS), torch.inference_mode():
+                self._model(input_ids=tokens_WS, use_cache=False, **(inputs or {}))
         except _Recorded:
             return first[0], tuple(calls)
         raise ModelError(
             f"{type(self._model).__name__} ran {len(calls)} of its {len(self._layers)} layers",
             hint="qmerge walks models that run each decoder layer once, in order",
+        )
+
+    def enter_all(
+        self,
+        tokens_WS: torch.Tensor,
+        inputs: Sequence[Inputs],
+        at_once: int,
+        keep: Callable[[Hidden], None],
+    ) -> tuple[Call, ...]:
+        """First hidden states of every window, in order, to `keep`; what each layer is called with.
+
+        Windows with `inputs` of their own, one for each, pass one by one, and the tower is read
+        for them and let go.
+        """
+        if not inputs:
+            for start in range(0, len(tokens_WS), at_once):
+                keep(self.enter(tokens_WS[start : start + at_once])[0])
+            return self.calls(tokens_WS.shape[1])
+        entered = []
+        with self._seeing():
+            for tokens_S, own in zip(tokens_WS, inputs, strict=True):
+                hidden, calls = self.enter(tokens_S[None], own)
+                keep(hidden)
+                entered.append(calls)
+            shown = max(range(len(inputs)), key=lambda window: len(inputs[window]))
+            twice = {name: torch.cat((value, value)) for name, value in inputs[shown].items()}
+            _, two = self.enter(tokens_WS[[shown, shown]], twice)
+        return tuple(
+            WindowCalls(windows=windows, axes=window_axes(windows[shown], both))
+            for windows, both in zip(zip(*entered, strict=True), two, strict=True)
         )
 
     def calls(self, length: int) -> tuple[Call, ...]:
@@ -161,19 +209,48 @@ class Frame:
         return logits
 
     def _as_layer_returns(self, hidden_WSH: Hidden, call: Call) -> Any:
-        """Hidden states in the form that this model's loop expects of a layer: bare or in a tuple.
+        """Hidden states in the form that this model's loop expects of a layer: bare or in a tuple,
+        with nothing where a layer may return its attention.
 
         Learnt once by running the layer on the meta device, where nothing is computed. A layer that
         cannot run there (experts ask which tokens they got) is taken as bare; the probe would tell.
         """
-        if self._returns_tuple is None:
+        if self._returned is None:
             args, kwargs = tree_map(_to_meta, (call.args, dict(call.kwargs)))
             try:
                 output = self._sample_layer(hidden_WSH.to("meta"), *args, **kwargs)
             except NotImplementedError:
                 output = hidden_WSH
-            self._returns_tuple = isinstance(output, tuple)
-        return (hidden_WSH,) if self._returns_tuple else hidden_WSH
+            self._returned = len(output) if isinstance(output, tuple) else 0
+        return (hidden_WSH, *[None] * (self._returned - 1)) if self._returned else hidden_WSH
+
+    @contextmanager
+    def _rows_of(self, tokens_WS: torch.Tensor) -> Iterator[None]:
+        """An embedding that holds the rows of these tokens, and finds them by the tokens' ids."""
+        used = torch.unique(tokens_WS)
+        rows = self._gather(self._embedding_name, used)
+        self._embedding.weight = nn.Parameter(rows, requires_grad=False)
+
+        def place(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.Tensor]:
+            # An id that is not there is put in by the model where an image's features will be.
+            return (torch.searchsorted(used, inputs[0].contiguous()).clamp(max=len(used) - 1),)
+
+        handle = self._embedding.register_forward_pre_hook(place)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _seeing(self) -> Iterator[None]:
+        """The tower's weights in memory, for as long as there are images to look at."""
+        empty = {n: t for n, t in self._model.state_dict().items() if n in self._tower}
+        own = {name: self._weights.tensor(name) for name in self._tower}
+        self._model.load_state_dict(own, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            self._model.load_state_dict(empty, strict=False, assign=True)
 
     def _gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (sorted) of a large tensor, read in slices."""
@@ -224,7 +301,8 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     kinds = getattr(text, "layer_types", None)
     if kinds:
         layers = max(layers, 1 + max(kinds.index(kind) for kind in set(kinds)))
-        text.layer_types = kinds[: min(layers, len(kinds))]
+        with suppress(AttributeError):  # where the configuration works them out by itself
+            text.layer_types = kinds[: min(layers, len(kinds))]
     text.num_hidden_layers = min(layers, skeleton.layer_count)
     text.vocab_size = min(text.vocab_size, 512)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

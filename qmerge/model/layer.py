@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from qmerge.errors import ModelError
 
@@ -25,6 +25,53 @@ class Call:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    added: torch.Tensor | None = None
+    """What the model adds to the hidden states before this layer, sparse in all but the width."""
+
+    def part(self, _start: int, _stop: int) -> Call:
+        """The call for some windows of a text: for text alone they are all called alike."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCalls(Call):
+    """The calls of windows that differ in more than their tokens, to be joined as they are run."""
+
+    windows: tuple[Call, ...]
+    axes: tuple[int | None, ...]
+    """Along which axis each tensor of a call has the windows; None for what they share."""
+
+    def part(self, start: int, stop: int) -> Call:
+        chosen = self.windows[start:stop]
+        own = [tree_flatten((call.args, dict(call.kwargs))) for call in chosen]
+        joined = [
+            values[0] if axis is None else torch.cat(values, axis)
+            for values, axis in zip(
+                zip(*(leaves for leaves, _ in own), strict=True), self.axes, strict=True
+            )
+        ]
+        args, kwargs = tree_unflatten(joined, own[0][1])
+        return Call(args=args, kwargs=kwargs, added=_joined([call.added for call in chosen]))
+
+
+def _joined(added: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Of several windows, some of which nothing is added to."""
+    some = next((each for each in added if each is not None), None)
+    if some is None:
+        return None
+    nothing = torch.zeros_like(some)
+    return torch.cat([nothing if each is None else each for each in added])
+
+
+def window_axes(one: Call, two: Call) -> tuple[int | None, ...]:
+    """Where the tensors of a call have the windows, from the calls of one window and of two."""
+    pairs = (tree_leaves((call.args, dict(call.kwargs))) for call in (one, two))
+    return tuple(
+        next((axis for axis, size in enumerate(first.shape) if size != second.shape[axis]), None)
+        if isinstance(first, torch.Tensor)
+        else None
+        for first, second in zip(*pairs, strict=True)
+    )
 
 
 def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
@@ -36,8 +83,13 @@ def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
             return value
         return seen.setdefault(id(value), value.to(device))
 
-    moved = (tree_map(place, (call.args, dict(call.kwargs))) for call in calls)
-    return tuple(Call(args=args, kwargs=kwargs) for args, kwargs in moved)
+    def moved(call: Call) -> Call:
+        if isinstance(call, WindowCalls):
+            return replace(call, windows=tuple(moved(window) for window in call.windows))
+        args, kwargs = tree_map(place, (call.args, dict(call.kwargs)))
+        return Call(args=args, kwargs=kwargs, added=place(call.added))
+
+    return tuple(moved(call) for call in calls)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -60,6 +112,8 @@ def run(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
 
 def forward(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
     """The same in the mode of whoever asks; models that return tuples put hidden states first."""
+    if call.added is not None:
+        hidden_WSH = hidden_WSH + call.added.to_dense()
     output = layer(hidden_WSH, *call.args, **call.kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, torch.Tensor)

@@ -63,6 +63,20 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def states(self) -> tuple[str, ...]:
+        """What the layers hold beside linears, norms and biases, by name relative to a layer: the
+        convolutions and states of linear attention, routers, experts that stay fused."""
+        linears = self.linears()
+        names: dict[str, None] = {}
+        for index in range(self.layer_count):
+            layer = self.model.get_submodule(self.layer_path(index))
+            for name, parameter in layer.named_parameters():
+                path, _, leaf = name.rpartition(".")
+                plain = leaf == "bias" or (leaf == "weight" and parameter.ndim == 1)
+                if not plain and f"{self.layer_path(index)}.{path}" not in linears:
+                    names[name] = None
+        return tuple(names)
+
     def tower(self) -> frozenset[str]:
         """Parameters that only other inputs than text pass through: vision tower and projector."""
         config = self.model.config

@@ -31,7 +31,7 @@ from qmerge.model.residual import residual_places
 from qmerge.results import LinearResult, Remedy, Survival
 from qmerge.stages.remedies import alternatives
 
-ReadWindows = Callable[[int, int], Hidden]
+ReadWindows = Callable[[int, int], tuple[Hidden, Call]]
 Group = tuple[str, ...]
 
 
@@ -53,7 +53,8 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Hidden states before this layer, the release's own and the reference's.
+    """Hidden states before this layer with what it is called with, the release's own and the
+    reference's.
 
     `at_once` windows make a micro-batch; `waiting` says that the forwards of all of them may wait
     in memory at one time. Without a reference, what is aimed at is the merged weight.
@@ -135,9 +136,9 @@ class Requantizer:
         self._twins = {name: reference.get_submodule(name) for name in weights}
         self._places: dict[str, str] = {}
 
-    def run(self, calibration: Calibration, call: Call) -> Iterator[tuple[Hidden, Hidden | None]]:
+    def run(self, calibration: Calibration) -> Iterator[tuple[Hidden, Hidden | None]]:
         """Quantize everything; outputs of the release's layer and of the reference's, in order."""
-        first = calibration.read(0, 1)
+        first, call = calibration.read(0, 1)
         siblings = sibling_groups(self._reference, first, call, self._twins)
         groups = [own for group in siblings for own in self._alike(group)]
         if calibration.read_reference is not None:
@@ -149,26 +150,24 @@ class Requantizer:
             watched(self._layer, {name: self._modules[name] for name in heads}, self._places),
             watched(self._reference, {name: self._twins[name] for name in heads}, self._places),
         ):
-            waiting = [*self._pairs(calibration, call, stops)] if calibration.waiting else None
+            waiting = [*self._pairs(calibration, stops)] if calibration.waiting else None
             for group in groups:
                 moments = self._moments(group)
-                for pair in waiting or self._pairs(calibration, call, {group[0]}):
+                for pair in waiting or self._pairs(calibration, {group[0]}):
                     if pair.reach(group[0]):
                         moments.add(pair)
                     if not waiting:
                         pair.drop()
                 self._quantize(group, moments)
                 stops.remove(group[0])
-            for pair in waiting or self._pairs(calibration, call, stops):
+            for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
 
-    def _pairs(
-        self, calibration: Calibration, call: Call, stops: Collection[str]
-    ) -> Iterator[Pair]:
+    def _pairs(self, calibration: Calibration, stops: Collection[str]) -> Iterator[Pair]:
         """Forwards of every micro-batch, not yet begun."""
 
         def through(layer: nn.Module, read: ReadWindows, start: int, stop: int) -> Forward:
-            return Forward(lambda: forward(layer, read(start, stop), call), stops)
+            return Forward(lambda: forward(layer, *read(start, stop)), stops)
 
         for start, stop in calibration.batches():
             beside = calibration.read_reference

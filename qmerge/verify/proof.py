@@ -209,9 +209,13 @@ class _Text:
         width = int(text_config(job.skeleton.model.config).hidden_size)
         self.streams = Streams(scratch, {TEXT: Stream(windows=windows, length=length, width=width)})
         frame = Frame(job.skeleton, release)
-        self.calls = move(frame.calls(length), job.device)
-        for start, stop in self._batches():
-            self.streams.append(TEXT, frame.enter(job.calibration.tokens[start:stop])[0])
+        calls = frame.enter_all(
+            job.calibration.tokens,
+            job.calibration.inputs,
+            job.at_once,
+            lambda hidden: self.streams.append(TEXT, hidden),
+        )
+        self.calls = move(calls, job.device)
         self.streams.turn()
 
     def layer(self, unit: Unit) -> dict[str, Hessian]:
@@ -222,7 +226,7 @@ class _Text:
         call = self.calls[unit.index]
         modules = {name: layer.get_submodule(name) for name in self.job.targets_of(unit)}
         first = self.streams.read(TEXT, 0, 1).to(self.job.device)
-        groups = sibling_groups(layer, first, call, modules)
+        groups = sibling_groups(layer, first, call.part(0, 1), modules)
         moments = {
             group[0]: Hessian(self._width(unit, group[0]), device=self.job.device)
             for group in groups
@@ -232,7 +236,7 @@ class _Text:
         ):
             for start, stop in self._batches():
                 hidden = self.streams.read(TEXT, start, stop).to(self.job.device)
-                self.streams.append(TEXT, run(layer, hidden, call))
+                self.streams.append(TEXT, run(layer, hidden, call.part(start, stop)))
         self.streams.turn()
         return {name: moments[group[0]] for group in groups for name in group}
 

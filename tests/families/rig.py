@@ -25,8 +25,8 @@ TOLERANCE = 1e-3
 NOISE = 0.1
 
 
-def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
-    """`model` with loud random weights in bfloat16, as transformers saves it, and a tokenizer."""
+def make_loud(model: Any) -> None:
+    """Random weights that keep the size of what passes through them; noise on all else."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -35,6 +35,11 @@ def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
                 parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
             else:
                 parameter.add_(NOISE * noise)
+
+
+def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
+    """`model` with loud random weights in bfloat16, as transformers saves it, and a tokenizer."""
+    make_loud(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     for file in tokenizer.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

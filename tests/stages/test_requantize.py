@@ -11,7 +11,7 @@ from qmerge.gptq import GridSpec
 from qmerge.job import Settings
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, linears, run
-from qmerge.stages.requantize import Calibration, Requantizer, Weight
+from qmerge.stages.requantize import Calibration, ReadWindows, Requantizer, Weight
 from tests.model.test_frame import State, layer_weights, parts
 
 WINDOWS = 6
@@ -49,14 +49,18 @@ def requantized(
         },
         settings,
     )
+
+    def reader(states: torch.Tensor) -> ReadWindows:
+        return lambda start, stop: (states[start:stop], calls[0])
+
     calibration = Calibration(
-        read=lambda start, stop: drifted[start:stop],
-        read_reference=(lambda start, stop: hidden[start:stop]) if settings.asymmetric else None,
+        read=reader(drifted),
+        read_reference=reader(hidden) if settings.asymmetric else None,
         windows=WINDOWS,
         at_once=4,
         waiting=waiting,
     )
-    outputs = [own for own, _ in work.run(calibration, calls[0])]
+    outputs = [own for own, _ in work.run(calibration)]
     return work, outputs, layer, run(layer, drifted, calls[0])
 
 
