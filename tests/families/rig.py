@@ -88,6 +88,8 @@ def reopened(release: Path, folder: Path, loader: Any) -> Any:
     form = open_format(Checkpoint.open(release))
     folder.mkdir()
     save_file({name: form.dense(name) for name in form.weights}, folder / "model.safetensors")
+    for code in release.glob("*.py"):
+        (folder / code.name).write_bytes(code.read_bytes())
     config = json.loads((release / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
