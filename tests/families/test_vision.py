@@ -174,21 +174,49 @@ def test_windows_with_images_streamed_equal_forward(name: str) -> None:
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def illustrated(tokenizer: Path, tmp_path: Path) -> Path:
-    """LLaVA with its processor, an adapter on it, and rows with images."""
-    write("LLaVA", tmp_path, tokenizer)
-    write_processor(tokenizer, tmp_path / "original")
-    write_rows(tmp_path / "rows.jsonl", checkpoints.texts()[0])
-    return tmp_path
+def illustrated(name: str, tokenizer: Path, folder: Path) -> tuple[Path, Path, Path, str]:
+    """A model with its processor, an adapter on it, where the release goes, and rows with images."""
+    write(name, folder, tokenizer)
+    base = folder / "original"
+    if name == "LLaVA":
+        write_processor(tokenizer, base)
+    else:
+        write_qwen_processor(tokenizer, base)
+    write_rows(folder / "rows.jsonl", checkpoints.texts()[0])
+    return base, folder / "adapter", folder / "release", str(folder / "rows.jsonl")
 
 
-def test_calibration_on_text_with_images(illustrated: Path, eval_text: Path) -> None:
-    base, adapter, out = (illustrated / part for part in ("original", "adapter", "release"))
-    rows = str(illustrated / "rows.jsonl")
+def write_qwen_processor(tokenizer: Path, folder: Path) -> None:
+    pytest.importorskip("torchvision")  # transformers wants it for the part that reads videos
+    from transformers import (
+        AutoTokenizer,
+        Qwen2VLImageProcessorPil,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    inner = AutoTokenizer.from_pretrained(tokenizer)
+    tokens = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    inner.add_special_tokens({"additional_special_tokens": tokens})
+    sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(**sizes),
+        tokenizer=inner,
+        video_processor=Qwen2VLVideoProcessor(**sizes),
+    ).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LLaVA", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Qwen2.5-VL", "Qwen3-VL"))],
+)
+def test_calibration_on_text_with_images(
+    name: str, tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    base, adapter, out, rows = illustrated(name, tokenizer, tmp_path)
     asked = rig.recipe(base, adapter, out, eval_text, calibration=rows, sequence_length=64)
     result = run(replace(asked, calibration_samples=8, eval_windows=4, memory=1 << 20))
-    release = rig.reopened(out, illustrated / "decoded", AutoModelForImageTextToText)
+    release = rig.reopened(out, tmp_path / "decoded", AutoModelForImageTextToText)
     quantized = rig.dense(base, AutoModelForImageTextToText)
     tokens = rig.windows(base, eval_text).view(-1, 64)
     rig.check_arms(result, quantized, adapter, release, tokens)
@@ -199,9 +227,8 @@ def test_calibration_on_text_with_images(illustrated: Path, eval_text: Path) -> 
     assert checks["untouched"] == "pass"
 
 
-def test_images_are_for_calibration_alone(illustrated: Path, eval_text: Path) -> None:
-    base, adapter, out = (illustrated / part for part in ("original", "adapter", "release"))
-    rows = str(illustrated / "rows.jsonl")
+def test_images_are_for_calibration_alone(tokenizer: Path, eval_text: Path, tmp_path: Path) -> None:
+    base, adapter, out, rows = illustrated("LLaVA", tokenizer, tmp_path)
     (fault,) = make_plan(rig.recipe(base, adapter, out, eval_text, eval=(rows,))).faults
     assert "only calibration text may" in fault.message
 
