@@ -146,7 +146,7 @@ def _left_dense(skeleton: Skeleton) -> list[str]:
 
 def _as_trained(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
     """The base as the adapter saw it, where training quantized it on the fly."""
-    chosen = [name for name in skeleton.linears() if quant.quantizes(name)]
+    chosen = [name for name in skeleton.replaceable() if quant.quantizes(name)]
     names = [base.names.stored[name + WEIGHT] for name in chosen]
     return dataclasses.replace(
         base, format=SimulatedReader(base.checkpoint, base.format, names, quant)

@@ -63,6 +63,16 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def replaceable(self) -> tuple[str, ...]:
+        """Linears that transformers replaces where it loads a model in 4 or 8 bits: those of the
+        plain class, wherever they are, but the head."""
+        head = self.model.get_output_embeddings()
+        return tuple(
+            name
+            for name, module in self.model.named_modules()
+            if type(module) is nn.Linear and module is not head
+        )
+
     def states(self) -> tuple[str, ...]:
         """What the layers hold beside linears, norms and biases, by name relative to a layer: the
         convolutions and states of linear attention, routers, experts that stay fused."""

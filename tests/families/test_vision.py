@@ -175,7 +175,7 @@ def test_windows_with_images_streamed_equal_forward(name: str) -> None:
 
 
 def illustrated(name: str, tokenizer: Path, folder: Path) -> tuple[Path, Path, Path, str]:
-    """A model with its processor, an adapter on it, where the release goes, and rows with images."""
+    """A model with its processor, an adapter, where the release goes, and rows with images."""
     write(name, folder, tokenizer)
     base = folder / "original"
     if name == "LLaVA":
