@@ -77,7 +77,8 @@ def figure(value: float | None, error: float | None, digits: int, unit: str = ""
     if value is None or not math.isfinite(value):
         return Cell(word=DASH if value is None else "not finite")
     shown = f"{error:.{digits}f}" if error is not None and math.isfinite(error) else ""
-    return Cell(value=f"{value:.{digits}f}", error=shown, unit=unit)
+    told = f"{value:.{digits}f}"
+    return Cell(value=told.lstrip("-") if float(told) == 0 else told, error=shown, unit=unit)
 
 
 def perplexity(score: ArmScore) -> Cell:
@@ -95,9 +96,13 @@ def change_cell(change: Change | None) -> Cell:
     error = None if change.ratio_stderr is None else 100 * change.ratio_stderr
     digits = 2 if abs(per_cent) < 100 else 1 if abs(per_cent) < 1e4 else 0
     cell = figure(per_cent, error, digits, "%")
-    signless = float(cell.value) == 0
-    value = cell.value.lstrip("-") if signless else f"{per_cent:+.{digits}f}"
-    return Cell(value=value, error=cell.error, unit="%")
+    return Cell(value=_signed(per_cent, digits), error=cell.error, unit="%")
+
+
+def _signed(value: float, digits: int) -> str:
+    """With its sign; zero has none."""
+    told = f"{value:+.{digits}f}"
+    return told[1:] if float(told) == 0 else told
 
 
 def kl_cell(score: ArmScore) -> Cell:
@@ -200,10 +205,10 @@ def statistics(result: RunResult, corpus: str) -> list[Figures]:
 def _statistics(score: ArmScore) -> tuple[str, ...]:
     assert score.change is not None
     assert score.kl is not None
-    ends = [100 * (end - 1) for end in score.change.ci95 or ()]
+    ends = [_signed(100 * (end - 1), 2) for end in score.change.ci95 or ()]
     moved, kl = score.probability_change, score.kl
     return (
-        " to ".join(f"{end:+.2f}" for end in ends) + "%" if ends else DASH,
+        " to ".join(ends) + "%" if ends else DASH,
         str(figure(score.change.difference, score.change.difference_stderr, 3)),
         *(f"{value:.3g}" for value in (kl.median, kl.p90, kl.p95, kl.p99, kl.p999, kl.max)),
         f"{100 * moved.rms:.3g}%" if moved else DASH,
