@@ -27,7 +27,7 @@ def alternatives(
 ) -> list[Alternative]:
     """What can be had without leaving the method, in the order of preference at equal bytes.
 
-    Two switches that cost nothing, half the group, more bits; each alone. `solve` says what
+    Switches that cost nothing, half the group, more bits; each alone. `solve` says what
     survives of the update under such settings.
     """
     return [
@@ -44,6 +44,8 @@ def _others(settings: Settings, width: int, anchorable: bool) -> Iterator[tuple[
     spec = settings.spec
     if not settings.unit_survival:
         yield "--unit-survival", replace(settings, unit_survival=True)
+    if not settings.refine:
+        yield "--refine", replace(settings, refine=True)
     if anchorable:
         grid: GridChoice = "auto" if settings.grid == "anchored" else "anchored"
         yield f"--grid {grid}", replace(settings, grid=grid)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from qmerge.measure.remedy import (
@@ -13,6 +16,7 @@ from qmerge.measure.remedy import (
     survival_warning,
 )
 from qmerge.names import matches
+from qmerge.recipe import Recipe
 from qmerge.results import Remedy, Survival
 
 
@@ -85,6 +89,19 @@ def test_patterns_fit_what_they_stand_for_and_nothing_else(names: list[str], cou
     assert len(found) == count
     everything = [*MODULES, "lm_head"]
     fitting = [name for name in everything if any(matches(each, name) for each in found)]
+    assert sorted(fitting) == sorted(names)
+
+
+def test_what_is_told_can_be_pasted() -> None:
+    names = ("m.layers.0.attn.q", "m.layers.2.attn.q", "lm_head")
+    (found,) = pooled([Remedy(option="bits:8", where=names, survival=0.95, extra_bytes=1)])
+    words = shlex.split(found.option)
+    assert words[::2] == ["--override", "--override"]
+    recipe = Recipe(base=Path("b"), out=Path("o"), override=tuple(words[1::2]))
+    assert [each.bits for each in recipe.overrides()] == [8, 8]
+    fitting = [
+        n for n in (*MODULES, "lm_head") if any(matches(o.pattern, n) for o in recipe.overrides())
+    ]
     assert sorted(fitting) == sorted(names)
 
 

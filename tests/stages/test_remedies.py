@@ -39,6 +39,7 @@ PLAIN = Settings(
             False,
             ["--unit-survival", "group:64", "bits:8"],
         ),
+        (replace(PLAIN, refine=False), 96, False, ["--refine", "group:32", "bits:8"]),
         (PLAIN, 256, True, ["--grid anchored", "group:64", "bits:8"]),
         (replace(PLAIN, grid="anchored"), 256, True, ["--grid auto", "group:64", "bits:8"]),
         (replace(PLAIN, spec=GridSpec(bits=2, group_size=32)), 256, False, ["bits:4", "bits:8"]),
