@@ -19,11 +19,11 @@ def token_bytes(skeleton: Skeleton) -> int:
 
 
 def waiting_bytes(skeleton: Skeleton) -> int:
-    """Bytes per token of a forward that waits before a linear: what goes into the layer, its
-    residual stream and the widest input of a linear."""
-    widest = max(module.in_features for module in skeleton.linears().values())
-    hidden = int(text_config(skeleton.model.config).hidden_size)
-    return 4 * (2 * hidden + widest)
+    """Bytes per token of a forward that waits before a linear: what goes into the layer and into
+    the module, and about half of what the layer's linears put out, which the module still names."""
+    prefix = skeleton.layer_path(0) + "."
+    outs = sum(m.out_features for name, m in skeleton.linears().items() if name.startswith(prefix))
+    return 4 * (2 * int(text_config(skeleton.model.config).hidden_size) + outs // 2)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:

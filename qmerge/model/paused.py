@@ -55,6 +55,7 @@ class Forward(greenlet):
         while not self.dead:
             self._go_on()
         output, self._output = self._output, None
+        self.streams.clear()
         assert output is not None
         return output
 
