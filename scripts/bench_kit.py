@@ -70,16 +70,20 @@ def dispatch(contenders: Mapping[str, Callable[..., None]]) -> bool:
 
 
 def table(rows: Mapping[str, Taken], ours: str) -> Iterator[str]:
-    """Seconds and MiB of each, and as a multiple of ours."""
+    """Seconds and MiB of each and, unless it is a part of another (indented), what ours is of it."""
     own = rows[ours]
     yield f"{'':<28}{'work':>9}{'process':>10}{'memory':>11}{'imports':>11}"
     for name, took in rows.items():
-        yield (
+        line = (
             f"{name:<28}{took.seconds:>7.1f} s{took.process_seconds:>8.1f} s"
             f"{took.memory >> 20:>7} MiB{took.imports >> 20:>7} MiB"
-            f"   qmerge's is {own.seconds / took.seconds:.2f} of the time,"
-            f" {own.memory / took.memory:.2f} of the memory"
         )
+        if took is not own and not name.startswith(" "):
+            line += (
+                f"   {ours} takes {own.seconds / took.seconds:.2f} of the time,"
+                f" {own.memory / took.memory:.2f} of the memory"
+            )
+        yield line
 
 
 def record(rows: Mapping[str, Taken]) -> str:
@@ -135,3 +139,28 @@ def write_model(folder: Path, layers: int) -> None:
     )
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="200MB")
+
+
+def write_tokens(file: Path, model: Path, text: Path, role: str, windows: int, length: int) -> None:
+    """The windows of a text that qmerge would take, for others to take too."""
+    from safetensors.torch import save_file
+
+    from qmerge.corpus import load_corpus
+    from qmerge.texts import load_tokenizer
+
+    tokenizer = load_tokenizer(model, trust_remote_code=False)
+    corpus = load_corpus(
+        str(text),
+        tokenizer,
+        sequence_length=length,
+        role="calibration" if role == "calibration" else "in_domain",
+        windows=windows,
+    )
+    save_file({"tokens": corpus.tokens}, file)
+
+
+def read_tokens(file: Path) -> list[list[int]]:
+    from safetensors.torch import load_file
+
+    found: list[list[int]] = load_file(file)["tokens"].tolist()
+    return found
