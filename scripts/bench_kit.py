@@ -70,7 +70,7 @@ def dispatch(contenders: Mapping[str, Callable[..., None]]) -> bool:
 
 
 def table(rows: Mapping[str, Taken], ours: str) -> Iterator[str]:
-    """Seconds and MiB of each and, unless it is a part of another (indented), what ours is of it."""
+    """Seconds and MiB of each; unless it is a part of another (indented), what ours is of it."""
     own = rows[ours]
     yield f"{'':<28}{'work':>9}{'process':>10}{'memory':>11}{'imports':>11}"
     for name, took in rows.items():
