@@ -6,9 +6,12 @@ Streamed unit by unit; nothing appears at the given place before all of it is on
 from __future__ import annotations
 
 import copy
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,16 @@ from qmerge.progress import Progress, Silent
 from qmerge.release import side_files_of
 from qmerge.stages.merge import live_layer, merge_layer, merge_outer
 from qmerge.storage.shards import (
+    ShardRecord,
     copy_file,
     sync_folder,
     write_index,
     write_json,
-    write_shard,
+    write_pieces,
 )
 from qmerge.texts import tokenizer_home
 from qmerge.tuning import misfit_fault
-from qmerge.workspace import partial
+from qmerge.workspace import partial as partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,13 +64,10 @@ def export(
     units = skeleton.units()
     with _staged(out) as folder:
         progress.stage("write", len(units))
-        records = []
-        for number, unit in enumerate(units, start=1):
-            progress.step(unit.label)
-            name = f"model-{number:05}-of-{len(units):05}.safetensors"
-            records.append(
-                write_shard(folder / name, _tensors(skeleton, weights, injection, unit, target))
-            )
+        work = partial(_write_unit, folder, skeleton, weights, injection, target)
+        # PEFT's layers are shared, and a merge takes all cores by itself.
+        workers = 1 if injection else cores()
+        records = list(_in_order(work, units, workers, progress))
         write_index(folder, records)
         write_json(folder / "config.json", _config(weights.checkpoint.config, target))
         home = tokenizer_home(base, adapter)
@@ -95,39 +96,76 @@ def _inject(skeleton: Skeleton, weights: Weights, adapter: Path | None) -> Injec
     return injection
 
 
-def _tensors(
+def _in_order(
+    work: Callable[[int, int, Unit], ShardRecord],
+    units: Sequence[Unit],
+    workers: int,
+    progress: Progress,
+) -> Iterator[ShardRecord]:
+    """Units side by side, each by one thread; what ends one ends all."""
+    if workers == 1:
+        for number, unit in enumerate(units, start=1):
+            progress.step(unit.label)
+            yield work(number, len(units), unit)
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        futures = [pool.submit(work, n, len(units), u) for n, u in enumerate(units, start=1)]
+        for unit, future in zip(units, futures, strict=True):
+            progress.step(unit.label)
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _write_unit(
+    folder: Path,
     skeleton: Skeleton,
     weights: Weights,
     injection: Injection | None,
-    unit: Unit,
     dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """One unit's tensors as they are written, by stored name."""
-    merged: Mapping[str, torch.Tensor] = {}
-    if injection is not None and any(name in injection.touched for name in unit.parameters):
-        dense = weights.unit(unit)
-        if unit.kind == "layer":
-            relative = merge_layer(injection, live_layer(skeleton, injection, unit, dense))
-            merged = {join(unit.path, name): tensor for name, tensor in relative.items()}
-        else:
-            merged = merge_outer(injection, unit, dense)
-    return {
-        weights.names.stored[name]: _rounded(weights, merged, injection, name, dtype)
-        for name in unit.parameters
+    number: int,
+    count: int,
+    unit: Unit,
+) -> ShardRecord:
+    """The shard of one unit; what the adapter leaves alone is decoded some rows at a time."""
+    merged = _merged(skeleton, weights, injection, unit)
+    stored = {weights.names.stored[name]: name for name in unit.parameters}
+    shapes = {
+        own: torch.empty(weights.shape(name), dtype=dtype, device="meta")
+        for own, name in stored.items()
     }
 
+    def pieces(own: str) -> Iterator[torch.Tensor]:
+        name = stored[own]
+        if name in merged:
+            yield merged[name].to(dtype)
+        else:
+            yield from weights.pieces(name, dtype)
 
-def _rounded(
-    weights: Weights,
-    merged: Mapping[str, torch.Tensor],
-    injection: Injection | None,
-    name: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    if injection is not None and name in injection.touched:
-        return merged[name].to(dtype)
-    stored = weights.as_stored(name)
-    return (weights.tensor(name) if stored is None else stored).to(dtype)
+    path = folder / f"model-{number:05}-of-{count:05}.safetensors"
+    return write_pieces(path, shapes, pieces)
+
+
+def _merged(
+    skeleton: Skeleton, weights: Weights, injection: Injection | None, unit: Unit
+) -> Mapping[str, torch.Tensor]:
+    """The parameters of a unit that the adapter changes, merged in float32."""
+    if injection is None or not any(name in injection.touched for name in unit.parameters):
+        return {}
+    dense = weights.unit(unit)
+    if unit.kind != "layer":
+        return merge_outer(injection, unit, dense)
+    relative = merge_layer(injection, live_layer(skeleton, injection, unit, dense))
+    found = {join(unit.path, name): tensor for name, tensor in relative.items()}
+    return {name: tensor for name, tensor in found.items() if name in injection.touched}
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -141,7 +179,7 @@ def _config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` by one rename, or goes away with whatever ended the work."""
-    folder = partial(out)
+    folder = partial_folder(out)
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge.errors import InputError
+from qmerge.errors import CheckpointError, InputError
 from qmerge.export import export
 from qmerge.formats import open_format
 from qmerge.storage.checkpoint import Checkpoint
@@ -29,6 +29,35 @@ def test_dequantized_folder_holds_what_the_reader_decodes(tiny_nf4: Path, tmp_pa
         assert torch.equal(dense.read(name), form.dense(name)), name
     assert "quantization_config" not in dense.config
     dense_model(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_pieces_and_threads_change_no_byte(
+    tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr("qmerge.model.weights.PIECE", 1000)
+    monkeypatch.setattr("qmerge.export.cores", lambda: cores)
+    threads = torch.get_num_threads()
+    written = export(tiny_nf4, tmp_path / "dense", dtype="float16")
+    assert torch.get_num_threads() == threads
+    form, dense = open_format(Checkpoint.open(tiny_nf4)), Checkpoint.open(tmp_path / "dense")
+    assert written["tensors"] == len(form.weights) == len(dense.tensors)
+    for name in form.weights:
+        assert torch.equal(dense.read(name), form.dense(name).half()), name
+
+
+def test_what_ends_one_unit_ends_all(
+    tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qmerge.formats.bitsandbytes import BitsandbytesReader
+
+    def fail(*_args: object) -> None:
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr(BitsandbytesReader, "_decode", fail)
+    with pytest.raises(CheckpointError, match="damaged"):
+        export(tiny_nf4, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_untouched_16_bit_weights_keep_their_bytes(tiny_original: Path, tmp_path: Path) -> None:

@@ -99,11 +99,14 @@ class AwqReader(Reader):
         qweight, qzeros, scales_GO = (
             self.checkpoint.read(linear.stored(suffix)) for suffix in SUFFIXES
         )
-        expect_finite(linear.stored("scales"), scales_GO)
+        first, stop, _ = rows.indices(linear.out_features)
+        words = slice(first // PER_WORD, -(-stop // PER_WORD))
+        inside = slice(first % PER_WORD, first % PER_WORD + stop - first)
+        scales_GO = expect_finite(linear.stored("scales"), scales_GO[:, rows])
         return IntegerWeight(
-            codes_OI=unpack_gemm(qweight)[rows],
-            scales_OG=scales_GO[:, rows].T.contiguous(),
-            zeros_OG=unpack_gemm(qzeros)[rows].to(torch.int32),
+            codes_OI=unpack_gemm(qweight[:, words])[inside],
+            scales_OG=scales_GO.T.contiguous(),
+            zeros_OG=unpack_gemm(qzeros[:, words])[inside].to(torch.int32),
             g_idx_I=None,
             bits=BITS,
             group_size=linear.group_size,

@@ -99,7 +99,7 @@ class IntegerWeight:
         groups = scales.shape[1]
         even = groups == 1 or groups * self.group_size == codes.shape[1]
         if self.g_idx_I is None and even:
-            codes = codes.view(len(codes), groups, -1)
+            codes = codes.view(len(codes), groups, codes.shape[1] // groups)
             columns = torch.arange(groups)
         else:
             columns = self.group_of_column
@@ -176,8 +176,8 @@ class Format(Protocol):
         """
         ...
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """fp32 rows `start` to `stop`, without decoding the rest where the format allows it."""
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows `start` to `stop`, without decoding the rest where the format allows it."""
         ...
 
     def integer(self, name: str) -> IntegerWeight | None:
@@ -212,11 +212,11 @@ class Reader:
             return self._decode(weight, ALL, dtype)
         return self.checkpoint.read(name).to(dtype, copy=True)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         weight = self._find(name)
         if weight.quantized:
-            return self._decode(weight, slice(start, stop), torch.float32)
-        return self.checkpoint.read_rows(name, start, stop).to(torch.float32, copy=True)
+            return self._decode(weight, slice(start, stop), dtype)
+        return self.checkpoint.read_rows(name, start, stop).to(dtype, copy=True)
 
     def integer(self, name: str) -> IntegerWeight | None:
         weight = self._find(name)

@@ -118,7 +118,7 @@ class BitsandbytesReader(Reader):
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
         state = self._states.get(weight.name)
         if state is not None:
-            return self._decode_4bit(weight.name, state, dtype)[rows]
+            return self._decode_4bit(weight.name, state, rows, dtype)
         codes, scale = (self.checkpoint.read(name)[rows] for name in weight.sources[:2])
         scale = expect_finite(weight.sources[1], scale).float().view(-1, 1)
 
@@ -127,18 +127,28 @@ class BitsandbytesReader(Reader):
 
         return by_rows(tuple(codes.shape), dtype, fill)
 
-    def _decode_4bit(self, name: str, state: BlockState, dtype: torch.dtype) -> Tensor:
-        absmax = self._vector(f"{name}.absmax")
+    def _decode_4bit(self, name: str, state: BlockState, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The blocks that the rows lie in; a block may run over the end of a row."""
+        first, stop, _ = rows.indices(state.shape[0])
+        width = state.elements // state.shape[0]
+        blocks = slice(first * width // state.blocksize, -(-stop * width // state.blocksize))
+        before = first * width - blocks.start * state.blocksize
+        shape = (stop - first, *state.shape[1:])
+        absmax = self._vector(f"{name}.absmax")[blocks]
         if state.nested_blocksize is not None:
             absmax = _unnest(
                 absmax,
                 self._vector(f"{name}.nested_quant_map").float(),
                 self._vector(f"{name}.nested_absmax").float(),
                 state,
+                blocks.start,
             )
         absmax = expect_finite(f"{name}.absmax", absmax.float())
         code = self._vector(f"{name}.quant_map").float()
-        return decode_blocks(self._vector(name).view(torch.uint8), absmax, code, state, dtype)
+        half = state.blocksize // 2
+        packed = self._vector(name).view(torch.uint8)[blocks.start * half : blocks.stop * half]
+        flat = decode_blocks(packed, absmax, code, state, dtype)
+        return flat[before : before + stop * width - first * width].view(shape)
 
     def _vector(self, name: str) -> Tensor:
         """Parts are vectors, whatever shape they were stored in."""
@@ -149,7 +159,7 @@ def decode_blocks(
     packed: Tensor, absmax: Tensor, code: Tensor, state: BlockState, dtype: torch.dtype
 ) -> Tensor:
     """code[nibble] · absmax of its block: in fp32, rounded to the state's dtype as at training
-    and inference, then to `dtype`.
+    and inference, then to `dtype`; a vector, its last block filled up.
 
     `packed` is a uint8 vector, two codes a byte with the first in the high nibble.
     """
@@ -163,15 +173,16 @@ def decode_blocks(
         if state.dtype not in (torch.float32, dtype):
             out.copy_(out.to(state.dtype))
 
-    padded = by_rows((state.blocks, state.blocksize), dtype, fill)
-    return padded.view(-1)[: state.elements].view(state.shape)
+    return by_rows((len(absmax), state.blocksize), dtype, fill).view(-1)
 
 
-def _unnest(codes: Tensor, code: Tensor, absmax: Tensor, state: BlockState) -> Tensor:
-    """Block maxima from their own 8-bit codes: code[c] · absmax of the block, plus the offset."""
+def _unnest(codes: Tensor, code: Tensor, absmax: Tensor, state: BlockState, first: int) -> Tensor:
+    """Block maxima from their own 8-bit codes: code[c] · absmax of the block, plus the offset.
+
+    `codes` begin with those of block `first`."""
     assert state.nested_blocksize is not None
-    scales = absmax.repeat_interleave(state.nested_blocksize)[: len(codes)]
-    return code[codes.int()] * scales + state.nested_offset
+    block = torch.arange(first, first + len(codes)) // state.nested_blocksize
+    return code[codes.int()] * absmax[block] + state.nested_offset
 
 
 def _read_state(checkpoint: Checkpoint, name: str) -> BlockState:

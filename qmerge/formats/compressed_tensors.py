@@ -136,7 +136,7 @@ class CompressedTensorsReader(Reader):
         if linear.scheme.integer:
             return super()._decode(weight, rows, dtype)
         code, scale = self.checkpoint.read(weight.name), self._scales(linear).to(torch.float32)
-        return decode_scaled(code, scale, _block(linear), dtype)[rows]
+        return decode_scaled(code, scale, _block(linear), dtype, rows)
 
     def _codes(self, linear: CompressedLinear, rows: slice) -> Tensor:
         """uint8 [O, I], counted from 0."""

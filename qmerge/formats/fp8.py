@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.base import (
+    ALL,
     DENSE_DTYPES,
     FormatSummary,
     Reader,
@@ -93,15 +94,19 @@ class Fp8Reader(Reader):
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
         code, scale = (self.checkpoint.read(name) for name in weight.sources)
         scale = expect_finite(weight.sources[1], scale.to(torch.float32))
-        return decode_scaled(code, scale, self._block, dtype)[rows]
+        return decode_scaled(code, scale, self._block, dtype, rows)
 
 
 def decode_scaled(
-    code: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
+    code: Tensor,
+    scale: Tensor,
+    block: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    part: slice = ALL,
 ) -> Tensor:
     """FP8 `code` [..., O, I] times an fp32 scale: one for all, one per row, or one per block.
 
-    Computed in fp32 and rounded once if `dtype` is narrower.
+    Computed in fp32 and rounded once if `dtype` is narrower. `part` is of the first dimension.
     """
     height, width = code.shape[-2:]
     if scale.numel() == 1:
@@ -112,9 +117,12 @@ def decode_scaled(
     flat, bands = code.reshape(-1, width), -(-height // high)
     scale = scale.reshape(-1, -(-width // wide))
     table = _values(code.dtype)
+    first, stop, _ = part.indices(len(code))
+    before = first * len(flat) // len(code)
+    flat = flat[before : stop * len(flat) // len(code)]
 
     def fill(rows: slice, out: Tensor) -> None:
-        row = torch.arange(rows.start, rows.stop)
+        row = torch.arange(before + rows.start, before + rows.stop)
         # A band ends where its matrix ends, which may be before its last block is full.
         steps = scale[row // height * bands % len(scale) + row % height // high]
         _decode_into(out.view(-1), flat[rows].view(-1), table)
@@ -123,7 +131,7 @@ def decode_scaled(
         else:
             out.view(len(row), -1, wide).mul_(steps.unsqueeze(2))
 
-    return by_rows((len(flat), width), dtype, fill).view(code.shape)
+    return by_rows((len(flat), width), dtype, fill).view(stop - first, *code.shape[1:])
 
 
 def _decode_into(out: Tensor, code: Tensor, table: Tensor) -> None:

@@ -97,10 +97,8 @@ class GptqReader(Reader):
         self._v1_zeros = v1_zeros
 
     @classmethod
-    def open(
-        cls, checkpoint: Checkpoint, settings: Settings, *, v1_zeros: V1Zeros | None = None
-    ) -> Self:
-        """Headers only. `v1_zeros` overrides what `meta.quantizer` says about v1 zero points."""
+    def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
+        """Headers only. `meta.quantizer` says how v1 zero points were stored."""
         name = _known_format(settings)
         overrides = _overrides(settings)
         modules, others = modules_with(checkpoint.tensors, SUFFIXES)
@@ -117,7 +115,7 @@ class GptqReader(Reader):
             checkpoint,
             linears=linears,
             version=VERSIONS[name],
-            v1_zeros=v1_zeros or _writer_convention(settings),
+            v1_zeros=_writer_convention(settings),
             name=name,
             weights=weights,
             summary=_summary(name, settings, overrides, weights),
@@ -125,18 +123,16 @@ class GptqReader(Reader):
 
     def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight:
         linear, read = self._linears[weight.name], self.checkpoint.read
-        qweight, qzeros = read(linear.stored("qweight")), read(linear.stored("qzeros"))
-        codes_IO = unpack(qweight[:, rows], linear.bits, linear.in_features, dim=0)
-        if self._version == 1:
-            zeros_GO = true_zeros(qzeros, linear.bits, linear.out_features, self._v1_zeros)
-        else:
-            zeros_GO = unpack(qzeros, linear.bits, linear.out_features).to(torch.int32)
-        scales_GO = expect_finite(linear.stored("scales"), read(linear.stored("scales")))
+        codes_IO = unpack(
+            read(linear.stored("qweight"))[:, rows], linear.bits, linear.in_features, dim=0
+        )
+        name = linear.stored("scales")
+        scales_GO = expect_finite(name, read(name)[:, rows])
         g_idx = read(linear.stored("g_idx")) if linear.has_g_idx else None
         return IntegerWeight(
             codes_OI=codes_IO.T,
-            scales_OG=scales_GO[:, rows].T.contiguous(),
-            zeros_OG=zeros_GO[:, rows].T.contiguous(),
+            scales_OG=scales_GO.T.contiguous(),
+            zeros_OG=self._zeros(linear, rows).T.contiguous(),
             g_idx_I=real_group_index(
                 linear.stored("g_idx"), g_idx, linear.group_size, linear.groups
             ),
@@ -144,6 +140,21 @@ class GptqReader(Reader):
             group_size=linear.group_size,
             symmetric=linear.symmetric,
         )
+
+    def _zeros(self, linear: PackedLinear, rows: slice) -> Tensor:
+        """Zero points int32 [G, rows], of no more words than hold them."""
+        first, stop, _ = rows.indices(linear.out_features)
+        qzeros = self.checkpoint.read(linear.stored("qzeros"))
+        word_bits = qzeros.element_size() * 8
+        # As many codes as there are bits in a word fill whole words, whatever their width.
+        skipped = first // word_bits * word_bits
+        begin, end = skipped * linear.bits // word_bits, words_for(stop, linear.bits, word_bits)
+        words, count = qzeros[:, begin:end], stop - skipped
+        if self._version == 1:
+            zeros = true_zeros(words, linear.bits, count, self._v1_zeros)
+        else:
+            zeros = unpack(words, linear.bits, count).to(torch.int32)
+        return zeros[:, first - skipped :]
 
 
 def true_zeros(qzeros_GW: Tensor, bits: int, out_features: int, convention: V1Zeros) -> Tensor:

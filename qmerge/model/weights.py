@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch
 from qmerge.formats.base import Format, IntegerWeight
 from qmerge.names import NameMap, Unit, under
 from qmerge.storage.checkpoint import Checkpoint
+
+PIECE = 1 << 22
+"""Elements decoded at a time where a whole weight is not wanted."""
+ALIGNED = 64
+"""Rows whose codes end with a word in every format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,17 @@ class Weights:
         if parameter in self.changed:
             return self.changed[parameter][start:stop]
         return self.format.rows(self.names.stored[parameter], start, stop)
+
+    def pieces(self, parameter: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A parameter in `dtype`, some rows at a time, so that memory is used again and again."""
+        name, shape = self.names.stored[parameter], self.shape(parameter)
+        width = max(1, math.prod(shape[1:]))
+        step = max(ALIGNED, PIECE // width // ALIGNED * ALIGNED)
+        if not shape or shape[0] <= step:
+            yield self.format.dense(name, dtype)
+            return
+        for start in range(0, shape[0], step):
+            yield self.format.rows(name, start, min(start + step, shape[0]), dtype)
 
     def row_count(self, parameter: str) -> int:
         if parameter in self.changed:

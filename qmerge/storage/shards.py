@@ -6,9 +6,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -51,6 +52,23 @@ def write_shard(
     sizes = tuple((name, tensor.nbytes) for name, tensor in flat.items())
     total = len(header) + sum(nbytes for _, nbytes in sizes)
     return ShardRecord(file=path.name, sha256=sha256, nbytes=total, tensors=sizes)
+
+
+def write_pieces(
+    path: Path, shapes: Mapping[str, Tensor], pieces: Callable[[str], Iterable[Tensor]]
+) -> ShardRecord:
+    """Write one safetensors file of tensors that are never whole in memory.
+
+    `shapes` are tensors on the meta device, `pieces` gives the rows of one in order and in its
+    dtype. Nothing is hashed: that takes longer than writing, and `sha256` is empty.
+    """
+    ordered = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))
+    header = _header(shapes, ordered, _FORMAT_PT)
+    parts = (_bytes_of(piece) for name in ordered for piece in pieces(name))
+    _write(path, chain((header,), parts), hashed=False)
+    sizes = tuple((name, shapes[name].nbytes) for name in sorted(shapes))
+    total = len(header) + sum(nbytes for _, nbytes in sizes)
+    return ShardRecord(file=path.name, sha256="", nbytes=total, tensors=sizes)
 
 
 def write_index(folder: Path, records: Sequence[ShardRecord]) -> str:
@@ -104,8 +122,9 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Temporary file beside the target, fsync, rename, fsync of the folder; SHA-256 of the bytes.
+def _write(path: Path, chunks: Iterable[bytes | memoryview], *, hashed: bool = True) -> str:
+    """Temporary file beside the target, fsync, rename, fsync of the folder; SHA-256 of the bytes
+    where they are `hashed`.
 
     The temporary name is fixed, so that a killed run leaves at most one, and is made anew each
     time (`x`), so that a link planted under it is not followed.
@@ -118,7 +137,8 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
             with temporary.open("xb") as file:
                 for chunk in chunks:
                     file.write(chunk)
-                    digest.update(chunk)
+                    if hashed:
+                        digest.update(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -135,7 +155,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _header(flat: Mapping[str, Tensor], ordered: list[str], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    flat: Mapping[str, Tensor], ordered: Sequence[str], metadata: Mapping[str, str]
+) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in ordered:

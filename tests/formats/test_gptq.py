@@ -209,19 +209,15 @@ def test_zeros_stored_by_word(case: tuple[torch.Tensor, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantizer", "argument", "convention"),
+    ("quantizer", "convention"),
     [
-        ("gptqmodel:7.6.0", None, "word"),
-        (["optimum:2.3.0", "gptqmodel:7.6.0"], None, "word"),
-        ("auto_gptq:0.7.1", None, "field"),
-        (None, None, "field"),
-        (None, "word", "word"),
-        ("gptqmodel:7.6.0", "field", "field"),
+        ("gptqmodel:7.6.0", "word"),
+        (["optimum:2.3.0", "gptqmodel:7.6.0"], "word"),
+        ("auto_gptq:0.7.1", "field"),
+        (None, "field"),
     ],
 )
-def test_the_writer_decides_unless_told_otherwise(
-    tmp_path: Path, quantizer: Any, argument: V1Zeros | None, convention: V1Zeros
-) -> None:
+def test_the_writer_decides(tmp_path: Path, quantizer: Any, convention: V1Zeros) -> None:
     weight = tiny.grid(symmetric=False)
     assert bool((weight.zeros_OG == 0).any())
     parts = pack_gptq(weight, version=2)
@@ -229,7 +225,7 @@ def test_the_writer_decides_unless_told_otherwise(
     parts["qzeros"] = store(weight.zeros_OG.T, 4)
     own = settings(weight, version=1, meta={"quantizer": quantizer})
     checkpoint = tiny.save(tmp_path, tiny.under(tiny.Q_PROJ, parts), own)
-    opened = open_format(checkpoint, v1_zeros=argument)
+    opened = open_format(checkpoint)
     assert tiny.same_grid(opened.integer(NAME), weight)
 
 
@@ -243,9 +239,9 @@ def test_version_1_holds_the_highest_zero(tmp_path: Path, bits: int) -> None:
     weight = tiny.grid(bits=bits, symmetric=False, lowest_zero=1)
     weight.zeros_OG.view(-1)[::2] = (1 << bits) - 1
     tensors = tiny.under(tiny.Q_PROJ, pack_gptq(weight, version=1))
-    checkpoint = tiny.save(tmp_path, tensors, settings(weight, version=1))
-    for convention in ("field", "word"):
-        opened = open_format(checkpoint, v1_zeros=convention)
+    for writer in ("auto_gptq", "gptqmodel"):
+        own = settings(weight, version=1, meta={"quantizer": writer})
+        opened = open_format(tiny.save(tmp_path / writer, tensors, own))
         assert tiny.same_grid(opened.integer(NAME), weight)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from qmerge.storage.shards import (
     sha256_file,
     write_index,
     write_json,
+    write_pieces,
     write_shard,
     write_text,
 )
@@ -60,6 +62,20 @@ def test_the_library_reads_back_what_was_written(tmp_path: Path) -> None:
     assert record.nbytes == len(written)
     assert record.sha256 == hashlib.sha256(written).hexdigest()
     assert dict(record.tensors) == {name: tensor.nbytes for name, tensor in tensors().items()}
+
+
+def test_pieces_make_the_same_file_as_whole_tensors(tmp_path: Path) -> None:
+    whole = {name: tensor for name, tensor in tensors().items() if tensor.dim()}
+    record = write_shard(tmp_path / "whole.safetensors", whole)
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in whole.items()}
+
+    def rows(name: str) -> Iterator[torch.Tensor]:
+        return (whole[name][row : row + 1] for row in range(len(whole[name])))
+
+    found = write_pieces(tmp_path / "pieces.safetensors", shapes, rows)
+    written = (tmp_path / "pieces.safetensors").read_bytes()
+    assert written == (tmp_path / "whole.safetensors").read_bytes()
+    assert (found.nbytes, found.tensors, found.sha256) == (record.nbytes, record.tensors, "")
 
 
 def test_one_kind_of_tensor_gives_the_librarys_own_bytes(tmp_path: Path) -> None:
