@@ -192,8 +192,13 @@ def _check_original(job: Job, progress: Progress) -> None:
     if original is None or job.recipe.force:
         return
     names = sorted(name + WEIGHT for name in job.specs if base.is_quantized(name + WEIGHT))
-    progress.stage("compare with the original", len(names))
-    check_likeness(likeness(base, original, names, progress.step), base.format.summary.bits)
+    outer = [unit for unit in job.skeleton.units() if unit.kind in ("embedding", "head")]
+    alone = [name for unit in outer for name in unit.parameters]
+    alone = [n for n in alone if len(base.shape(n)) == 2 and not base.is_quantized(n)]
+    progress.stage("compare with the original", len(names) + len(alone))
+    quantized = likeness(base, original, names, progress.step)
+    untouched = likeness(base, original, alone, progress.step) if names else []
+    check_likeness(quantized, untouched, base.format.summary.bits)
 
 
 # From scores to a result

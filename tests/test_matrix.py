@@ -79,6 +79,7 @@ def packed(
     pack: Callable[[torch.Tensor], Parts],
     *,
     kept: tuple[str, ...] = (),
+    ending: tuple[str, ...] = ("_proj.weight",),
     beside: str | None = None,
 ) -> Write:
     """Write a base with every linear but those `kept` packed; its settings go into config.json,
@@ -90,7 +91,7 @@ def packed(
             tensors: Parts = {}
             for name, weight in load_file(file).items():
                 module = name.removesuffix(".weight")
-                if not name.endswith("_proj.weight") or module.endswith(kept or ("none",)):
+                if not name.endswith(ending) or module.endswith(kept or ("none",)):
                     tensors[name] = weight
                 else:
                     for suffix, part in pack(weight).items():
@@ -310,6 +311,25 @@ SLOW: dict[str, Write] = {
 }
 
 
+def asked(
+    base: Path, original: Path, adapter: Path, calibration: Path, evaluation: Path, out: Path
+) -> Recipe:
+    return Recipe(
+        base=base,
+        adapter=(str(adapter),),
+        original=original,
+        out=out,
+        calibration=str(calibration),
+        calibration_samples=24,
+        eval=(f"held_out={evaluation}",),
+        eval_windows=8,
+        sequence_length=64,
+        bits=4,
+        group_size=GROUP,
+        symmetric=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("form", "write"),
     [
@@ -331,20 +351,7 @@ def test_from_a_base_to_a_release(
 ) -> None:
     base, out = tmp_path / "base", tmp_path / "release"
     write(tiny_original, base)
-    recipe = Recipe(
-        base=base,
-        adapter=(str(tiny_adapter),),
-        original=tiny_original,
-        out=out,
-        calibration=str(calibration_text),
-        calibration_samples=24,
-        eval=(f"held_out={eval_text}",),
-        eval_windows=8,
-        sequence_length=64,
-        bits=4,
-        group_size=GROUP,
-        symmetric=True,
-    )
+    recipe = asked(base, tiny_original, tiny_adapter, calibration_text, eval_text, out)
     result = run(recipe)
     scores = {arm: found["held_out"] for arm, found in result.arms.items()}
     original, trained = scores["original"].perplexity, scores["trained"].perplexity
@@ -361,6 +368,38 @@ def test_from_a_base_to_a_release(
     assert (ratio > 1e-3) is (few_bits(base) < 16)
     proof = verify(out)
     assert [check for check in proof.checks if check.outcome == "fail"] == []
+
+
+@pytest.mark.slow
+def test_from_a_base_with_a_quantized_head(
+    tiny_original: Path,
+    tiny_adapter: Path,
+    calibration_text: Path,
+    eval_text: Path,
+    tmp_path: Path,
+) -> None:
+    """It is decoded for the release, which keeps its head in 16 bits."""
+    untied, base, out = (tmp_path / name for name in ("untied", "base", "release"))
+    shutil.copytree(tiny_original, untied)
+    embedding = Checkpoint.open(untied).read("model.embed_tokens.weight").clone()
+    save_file({"lm_head.weight": embedding}, untied / "head.safetensors")
+    write_index(untied)
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    settings = {"quant_method": "gptq", "bits": 8, "group_size": GROUP, "lm_head": True}
+    packed(
+        settings,
+        lambda weight: pack_gptq(rounded(weight, 8, symmetric=True)),
+        ending=("_proj.weight", "lm_head.weight"),
+    )(untied, base)
+    assert open_format(Checkpoint.open(base)).summary.lm_head
+    result = run(asked(base, untied, tiny_adapter, calibration_text, eval_text, out))
+    scores = {arm: found["held_out"].perplexity for arm, found in result.arms.items()}
+    assert abs(math.log(scores["quantized_base"] / scores["original"])) < 0.01
+    assert abs(math.log(scores["release"] / scores["trained"])) < 0.02
+    head = Checkpoint.open(out).tensors["lm_head.weight"]
+    assert (head.dtype, head.shape) == (torch.bfloat16, tuple(embedding.shape))
+    assert [check for check in verify(out).checks if check.outcome == "fail"] == []
 
 
 def few_bits(base: Path) -> int:

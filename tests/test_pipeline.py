@@ -529,6 +529,30 @@ def test_another_model_is_not_taken_for_the_original(
     assert recipe.out.is_dir()
 
 
+def test_another_revision_is_not_taken_for_the_original(
+    asked: Recipe, tiny_nf4: Path, tiny_original: Path, tmp_path: Path
+) -> None:
+    """Fine-tuning moves linears by less than quantizing does; what is not quantized shows it."""
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_original, other)
+    generator = torch.Generator().manual_seed(0)
+    for file in other.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, weight in tensors.items():
+            moved = torch.randn(weight.shape, generator=generator) * 0.03 * weight.float().std()
+            tensors[name] = (weight.float() + moved).to(weight) if weight.dim() == 2 else weight
+        save_file(tensors, file, metadata={"format": "pt"})
+    recipe = replace(
+        asked, base=tiny_nf4, original=other, out=tmp_path / "out", strategy="substitute"
+    )
+    with pytest.raises(
+        ModelError, match=r"embed_tokens\.weight 0\.03, where nothing was quantized"
+    ):
+        run(recipe)
+
+
 def test_a_base_quantized_on_the_fly_is_the_one_that_was_saved(
     asked: Recipe, nf4_run: tuple[Recipe, RunResult], tmp_path: Path
 ) -> None:
