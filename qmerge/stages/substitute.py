@@ -43,8 +43,10 @@ def likeness(
         tick(name)
         distance = norm = 0.0
         rows = original.row_count(name)
-        for start in range(0, rows, ROWS):
-            stop = min(start + ROWS, rows)
+        # An embedding is large and cheap to cut; a quantized linear is decoded once.
+        step = rows if base.is_quantized(name) else ROWS
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
             weight = original.rows(name, start, stop)
             distance += float((base.rows(name, start, stop) - weight).double().square().sum())
             norm += float(weight.double().square().sum())
