@@ -150,7 +150,7 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
         progress.step(f"{role} {folder}")
         records[role] = folder_record(folder)
     records["base"] = replace(records["base"], format=job.base.format.name)
-    if job.original is not None:
+    if job.original is not None and "original" in records:
         records["original"] = replace(records["original"], format=job.original.format.name)
     for role, adapter in zip((r for r in records if "adapter" in r), job.adapters, strict=True):
         if adapter.base_name and not Path(adapter.base_name).exists():

@@ -79,19 +79,20 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     siblings: frozenset[tuple[str, ...]] = frozenset()
     notes: list[str] = []
     folders = tuple(each.folder for each in recipe.adapters())
-    loaded = None
+    stored = loaded = None
     tokenizer_folder = tokenizer_home(recipe.base, *folders)
     with faults.at("--base"):
-        skeleton, base = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
+        skeleton, stored = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         siblings = probe(skeleton)
-        loaded = decide(recipe.base_quant, base.format.summary, folders)
+        loaded = decide(recipe.base_quant, stored.format.summary, folders)
         notes += loaded.notes
-        if loaded.quant is not None:
-            base = _as_trained(skeleton, base, loaded.quant)
+        base = _as_trained(skeleton, stored, loaded.quant) if loaded.quant else stored
     tuning = open_tuning(recipe, skeleton, base, faults)
     if skeleton is not None and base is not None:
         with faults.at("--original"):
             original = _open_original(recipe, skeleton, base, notes)
+            if original is None and base is not stored:
+                original = stored  # what training quantized on the fly is the original itself
         with faults.at("--previous"):
             previous = _open_previous(recipe, skeleton)
         with faults.at("--bits, --group-size"):
@@ -122,7 +123,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         calibration=calibration,
         evaluation=evaluation,
         settings=settings,
-        strategies=_strategies(recipe, tuning, notes),
+        strategies=_strategies(recipe, tuning, original, notes),
         specs=specs,
         at_once=at_once,
         waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once),
@@ -265,14 +266,16 @@ def _targets(base: Weights, skeleton: Skeleton) -> frozenset[str]:
     return linears & quantized if quantized else linears
 
 
-def _strategies(recipe: Recipe, tuning: Tuning | None, notes: list[str]) -> tuple[str, ...]:
+def _strategies(
+    recipe: Recipe, tuning: Tuning | None, original: Weights | None, notes: list[str]
+) -> tuple[str, ...]:
     if recipe.strategy != "auto":
         return (recipe.strategy,)
     bound = [each for each in tuning.adapters if each.bound_to_base] if tuning else []
     if bound:
         notes.append(f"strategy auto: only 'dequantize' is right: {bound[0].base_reason}")
         return ("dequantize",)
-    if recipe.original is None:
+    if original is None:
         notes.append("strategy auto: without --original only 'dequantize' is possible")
         return ("dequantize",)
     return ("dequantize", "substitute")

@@ -344,7 +344,8 @@ class Recipe(Scoring):
             self.overrides()
         except RecipeError as error:
             found += (Fault(where="--override", message=error.message, hint=error.hint),)
-        if self.strategy == "substitute" and self.original is None:
+        stored = self.base_quant in (None, "none")
+        if self.strategy == "substitute" and self.original is None and stored:
             message = "'substitute' needs the 16-bit original; without it only 'dequantize' can be"
             hint = "give --original DIR, or --strategy dequantize"
             found += (Fault(where="--strategy", message=message, hint=hint),)

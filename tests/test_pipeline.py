@@ -558,6 +558,8 @@ def test_a_base_quantized_on_the_fly_is_the_one_that_was_saved(
 ) -> None:
     result = run(replace(asked, base_quant="nf4,double", out=tmp_path / "release"))
     saved = nf4_run[1]
-    for arm in ("quantized_base", "trained"):
+    assert result.survival is not None
+    assert result.survival.error_ratio
+    for arm in ("quantized_base", "trained", "original"):
         found = result.arms[arm]["held_out"].perplexity
         assert close(found, saved.arms[arm]["held_out"].perplexity, 1e-9)

@@ -92,6 +92,8 @@ def test_substitute_without_an_original_is_a_fault() -> None:
     assert "--original" in (fault.hint or "")
     assert recipe(strategy="substitute", original="16").faults() == ()
     assert recipe(strategy="auto").faults() == ()
+    assert recipe(strategy="substitute", base_quant="nf4").faults() == ()
+    assert recipe(strategy="substitute", base_quant="none").faults() != ()
 
 
 def test_all_contradictions_are_listed_together() -> None:

@@ -265,6 +265,12 @@ def test_the_plan_uses_it_and_its_recipe_says_so(
     plan = make_plan(recipe)
     job = plan.ready()
     assert job.recipe.base_quant == "nf4,double,skip=down_proj"
+    assert job.original is not None
+    assert job.original.format.name == "dense"
+    assert make_plan(replace(recipe, strategy="auto")).ready().strategies == (
+        "dequantize",
+        "substitute",
+    )
     assert any("nf4,double,skip=down_proj" in note for note in plan.summary.notes)
     stored = job.base.format.weights
     assert stored["model.layers.0.mlp.up_proj.weight"].quantized
