@@ -75,6 +75,8 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         disk_bytes=disk_bytes(job),
         memory_bytes=_memory_bytes(job),
         notes=job.notes,
+        renamed=dict(job.change.renamed) if job.change is not None else {},
+        left_out=job.change.left_out if job.change is not None else (),
     )
 
 

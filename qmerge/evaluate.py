@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qmerge import __version__
-from qmerge.adapters import Injection, inject, open_adapter
+from qmerge.adapters import Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, InputError, PlanError
 from qmerge.job import Faults, pick_device
@@ -22,25 +22,27 @@ from qmerge.meter import Meter
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model
+from qmerge.model.reshape import Shape, vocabulary_of
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import Unit
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
-from qmerge.recipe import Contestant, EvaluateRecipe
+from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
 from qmerge.reread import REPORT, read_report
 from qmerge.results import Corpora, InputRecord, RunResult, Survival
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
 from qmerge.texts import (
     TOKENS_AT_ONCE,
+    check_tokens,
     evaluation_texts,
     load_tokenizer,
     tokenizer_home,
     window_length,
 )
-from qmerge.tuning import misfit_fault
+from qmerge.tuning import Tuning, open_tuning
 
 SHARDS = ".safetensors"
 
@@ -52,7 +54,11 @@ class Model:
     asked: Contestant
     skeleton: Skeleton
     weights: Weights
-    injection: Injection | None
+    tuning: Tuning | None
+
+    @property
+    def change(self) -> Change | None:
+        return self.tuning.change if self.tuning else None
 
     @property
     def name(self) -> str:
@@ -60,11 +66,11 @@ class Model:
 
     def layer(self, unit: Unit) -> nn.Module:
         """One decoder layer with its weights."""
-        return live_layer(self.skeleton, self.injection, unit, self.weights.unit(unit))
+        return live_layer(self.skeleton, self.change, unit, self.weights.unit(unit))
 
     def outer(self) -> Weights:
         """What stands outside the layers, with what the adapter does there."""
-        return outer_weights(self.injection, self.skeleton.units(), self.weights)
+        return outer_weights(self.change, self.skeleton.units(), self.weights)
 
 
 def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunResult:
@@ -139,14 +145,27 @@ def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:
     skeleton, weights = open_model(asked.folder, trust_remote_code=recipe.trust_remote_code)
     probe(skeleton)
-    injection = None
+    tuning = None
     if asked.adapter is not None:
-        opened = open_adapter(asked.adapter)
-        if opened.misfit and weights.format.summary.quantized:
-            faults.found.append(misfit_fault(opened, weights.format.name))
-        injection = inject(skeleton.model, opened, allow_noop=True)
-        faults.found += injection.faults
-    return Model(asked=asked, skeleton=skeleton, weights=weights, injection=injection)
+        tuning = _tuned(asked, skeleton, weights, faults)
+    shape = tuning.shape if tuning else Shape(skeleton=skeleton)
+    return Model(asked=asked, skeleton=shape.skeleton, weights=shape.fit(weights), tuning=tuning)
+
+
+def _tuned(
+    asked: Contestant, skeleton: Skeleton, weights: Weights, faults: Faults
+) -> Tuning | None:
+    found = Faults()
+    recipe = Recipe(
+        base=asked.folder, adapter=(f"{asked.adapter}@1",), out=asked.folder, allow_noop=True
+    )
+    tuning = open_tuning(recipe, skeleton, weights, found)
+    options = ("--adapter",)  # it was given without one
+    faults.found += [
+        replace(fault, where=asked.name) if fault.where.startswith(options) else fault
+        for fault in found.found
+    ]
+    return tuning
 
 
 def _texts(models: Sequence[Model], recipe: EvaluateRecipe, faults: Faults) -> tuple[Corpus, ...]:
@@ -154,7 +173,10 @@ def _texts(models: Sequence[Model], recipe: EvaluateRecipe, faults: Faults) -> t
     first: Any = None
     for model in models:
         home = tokenizer_home(model.asked.folder, model.asked.adapter)
-        tokenizer = load_tokenizer(home, trust_remote_code=recipe.trust_remote_code)
+        trust = recipe.trust_remote_code
+        tokenizer = load_tokenizer(home, trust_remote_code=trust)
+        rows = vocabulary_of(model.skeleton)
+        check_tokens(tokenizer, home, model.asked.folder, rows, trust=trust)
         first = first or tokenizer
         known, other = first.get_vocab(), tokenizer.get_vocab()
         if any(other.get(token, number) != number for token, number in known.items()):
@@ -207,9 +229,8 @@ def _inputs(models: Sequence[Model]) -> dict[str, InputRecord]:
     for model in models:
         record = folder_record(model.asked.folder)
         found[model.name] = replace(record, format=model.weights.format.name)
-        if model.injection is not None and model.asked.adapter is not None:
-            adapter = folder_record(model.asked.adapter, format=model.injection.adapter.kind)
-            found[f"{model.name} adapter"] = adapter
+        for adapter in model.tuning.adapters if model.tuning else ():
+            found[f"{model.name} adapter"] = folder_record(adapter.path, format=adapter.kind)
     return found
 
 
@@ -238,6 +259,6 @@ def _survival_of(model: Model, record: InputRecord) -> Survival:
     weights = {name: digest for name, digest in record.files.items() if name.endswith(SHARDS)}
     if any(made.get(name) != digest for name, digest in weights.items()):
         raise InputError(f"{model.asked.folder}: {REPORT} is of other weights", hint=hint)
-    if report.survival is None or report.survival.survival is None or model.injection is not None:
+    if report.survival is None or report.survival.survival is None or model.tuning is not None:
         raise InputError(f"{model.asked.folder}: {REPORT} has no survival for it", hint=hint)
     return report.survival

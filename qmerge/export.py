@@ -5,25 +5,29 @@ Streamed unit by unit; nothing appears at the given place before all of it is on
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qmerge.adapters import Injection, inject, open_adapter
+from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
+from qmerge.job import Faults
 from qmerge.model.opening import open_model
+from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import Unit, join
+from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
+from qmerge.recipe import Recipe
 from qmerge.release import side_files_of
 from qmerge.stages.merge import live_layer, merge_layer, merge_outer
 from qmerge.storage.shards import (
@@ -34,66 +38,89 @@ from qmerge.storage.shards import (
     write_json,
     write_pieces,
 )
-from qmerge.texts import tokenizer_home
-from qmerge.tuning import misfit_fault
+from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
+from qmerge.tuning import base_notes, open_tuning
 from qmerge.workspace import partial as partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(
-    base: Path,
-    out: Path,
-    *,
-    adapter: Path | None = None,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    recipe: Recipe, *, dtype: str | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Write `base`, decoded and with the adapter merged in float32, as a dense checkpoint.
+    """Write the recipe's base, decoded and with its adapters merged in float32, as a dense
+    checkpoint at its `out`. Nothing else of the recipe is looked at.
 
     `dtype` None is the model's own 16-bit dtype. Each weight is rounded once, when it is written;
     one that is stored in that dtype and not touched keeps its bytes. Returns what was written.
+    Raises `PlanError` with every fault of what is to be merged.
     """
     progress = progress or Silent()
-    if out.exists():
-        raise InputError(f"{out} exists", hint="name a folder that does not exist yet")
-    skeleton, weights = open_model(base, trust_remote_code=trust_remote_code)
-    injection = _inject(skeleton, weights, adapter)
+    if recipe.out.exists():
+        raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
+    source = _open(recipe)
+    weights, change = source.weights, source.change
     target = DTYPES[dtype] if dtype else model_dtype(weights.checkpoint.config)
-    units = skeleton.units()
-    with _staged(out) as folder:
+    units = source.skeleton.units()
+    with _staged(recipe.out) as folder:
         progress.stage("write", len(units))
-        work = partial(_write_unit, folder, skeleton, weights, injection, target)
+        work = partial(_write_unit, folder, source, target)
         # PEFT's layers are shared, and a merge takes all cores by itself.
-        workers = 1 if injection else cores()
+        workers = 1 if change else cores()
         records = list(_in_order(work, units, workers, progress))
         write_index(folder, records)
-        write_json(folder / "config.json", _config(weights.checkpoint.config, target))
-        home = tokenizer_home(base, adapter)
-        for relative, path in side_files_of(weights.checkpoint, home).items():
+        write_json(folder / "config.json", _config(source, target))
+        for relative, path in side_files_of(weights.checkpoint, source.tokenizer).items():
             (folder / relative).parent.mkdir(exist_ok=True)
             copy_file(path, folder / relative)
     return {
-        "out": str(out),
+        "out": str(recipe.out),
         "format": weights.format.name,
         "dtype": str(target).removeprefix("torch."),
         "tensors": sum(len(record.tensors) for record in records),
         "bytes": sum(record.nbytes for record in records),
-        "merged": sorted(injection.touched) if injection else [],
+        "merged": sorted(change.touched & weights.names.stored.keys()) if change else [],
+        "left_out": list(change.left_out) if change else [],
+        "renamed": dict(change.renamed) if change else {},
+        "notes": list(source.notes),
     }
 
 
-def _inject(skeleton: Skeleton, weights: Weights, adapter: Path | None) -> Injection | None:
-    if adapter is None:
-        return None
-    opened = open_adapter(adapter)
-    if opened.misfit and weights.format.summary.quantized:
-        raise PlanError([misfit_fault(opened, weights.format.name)])
-    injection = inject(skeleton.model, opened)
-    if injection.faults:
-        raise PlanError(injection.faults)
-    return injection
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A base, opened, and what is to be merged into it."""
+
+    skeleton: Skeleton
+    weights: Weights
+    change: Change | None
+    tokenizer: Path
+    notes: tuple[str, ...]
+
+
+def _open(recipe: Recipe) -> _Source:
+    faults, trust = Faults(), recipe.trust_remote_code
+    skeleton, weights = open_model(recipe.base, trust_remote_code=trust)
+    weights, loaded = as_trained(recipe, skeleton, weights)
+    notes = [*loaded.notes]
+    tuning = open_tuning(recipe, skeleton, weights, faults)
+    shape = tuning.shape if tuning else Shape(skeleton=skeleton)
+    home = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
+    if home != recipe.base:
+        with faults.at("tokenizer"):
+            tokenizer = load_tokenizer(home, trust_remote_code=trust)
+            rows = vocabulary_of(shape.skeleton)
+            check_tokens(tokenizer, home, recipe.base, rows, trust=trust)
+    if faults.found:
+        raise PlanError(faults.found)
+    if tuning:
+        notes += (*tuning.notes, *tuning.change.notes, *base_notes(tuning.adapters, recipe.base))
+    return _Source(
+        skeleton=shape.skeleton,
+        weights=shape.fit(weights),
+        change=tuning.change if tuning else None,
+        tokenizer=home,
+        notes=tuple(notes),
+    )
 
 
 def _in_order(
@@ -121,18 +148,11 @@ def _in_order(
 
 
 def _write_unit(
-    folder: Path,
-    skeleton: Skeleton,
-    weights: Weights,
-    injection: Injection | None,
-    dtype: torch.dtype,
-    number: int,
-    count: int,
-    unit: Unit,
+    folder: Path, source: _Source, dtype: torch.dtype, number: int, count: int, unit: Unit
 ) -> ShardRecord:
     """The shard of one unit; what the adapter leaves alone is decoded some rows at a time."""
-    merged = _merged(skeleton, weights, injection, unit)
-    stored = {weights.names.stored[name]: name for name in unit.parameters}
+    weights, merged = source.weights, _merged(source, unit)
+    stored = {weights.names.to_write(name): name for name in unit.parameters}
     shapes = {
         own: torch.empty(weights.shape(name), dtype=dtype, device="meta")
         for own, name in stored.items()
@@ -149,18 +169,18 @@ def _write_unit(
     return write_pieces(path, shapes, pieces)
 
 
-def _merged(
-    skeleton: Skeleton, weights: Weights, injection: Injection | None, unit: Unit
-) -> Mapping[str, torch.Tensor]:
-    """The parameters of a unit that the adapter changes, merged in float32."""
-    if injection is None or not any(name in injection.touched for name in unit.parameters):
+def _merged(source: _Source, unit: Unit) -> Mapping[str, torch.Tensor]:
+    """The parameters of a unit that the adapters change, merged in float32."""
+    change = source.change
+    if change is None or not any(name in change.touched for name in unit.parameters):
         return {}
-    dense = weights.unit(unit)
+    dense = source.weights.unit(unit)
     if unit.kind != "layer":
-        return merge_outer(injection, unit, dense)
-    relative = merge_layer(injection, live_layer(skeleton, injection, unit, dense))
-    found = {join(unit.path, name): tensor for name, tensor in relative.items()}
-    return {name: tensor for name, tensor in found.items() if name in injection.touched}
+        found = merge_outer(change, unit, dense)
+    else:
+        relative = merge_layer(change, live_layer(source.skeleton, change, unit, dense))
+        found = {join(unit.path, name): tensor for name, tensor in relative.items()}
+    return {name: tensor for name, tensor in found.items() if name in change.touched}
 
 
 def cores() -> int:
@@ -168,8 +188,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    dense = copy.deepcopy(dict(config))
+def _config(source: _Source, dtype: torch.dtype) -> dict[str, Any]:
+    dense = restate(source.weights.checkpoint.config, source.skeleton)
     dense.pop("quantization_config", None)
     dense.pop("torch_dtype", None)
     dense["dtype"] = str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qmerge.errors import RecipeError
 
@@ -42,6 +42,11 @@ class NameMap:
     """Stored names that the model has no parameter for."""
     missing: tuple[str, ...] = ()
     """Parameters that the checkpoint does not hold."""
+    written: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that are written under another name than they are read: untied heads."""
+
+    def to_write(self, parameter: str) -> str:
+        return self.written.get(parameter, self.stored[parameter])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def _text(value: object) -> str:
 
 def _path(value: object) -> Path:
     try:
-        return Path(_text(value)).expanduser()
+        return Path(_text(str(value) if isinstance(value, Path) else value)).expanduser()
     except (ValueError, RuntimeError):  # expanduser of an unknown user
         raise ValueError("is not a path") from None
 
@@ -136,6 +136,7 @@ ADAPTERS = Kind(metavar="DIR[@WEIGHT]", read=_texts, many=True)
 OVERRIDES = Kind(metavar="PATTERN=SETTINGS", read=_texts, many=True)
 BASE_QUANT = Kind(metavar="nf4|fp4|int8[,double][,block=N][,skip=MODULE]|none", read=_text)
 FOLDER = Kind(metavar="DIR", read=_path)
+FILE = Kind(metavar="FILE", read=_path)
 WINDOWS = Kind(metavar="N|all", read=_whole_or_all)
 FRACTION = Kind(metavar="X", read=_fraction)
 SHARE = Kind(metavar="X|X%", read=_share)

@@ -54,6 +54,7 @@ from qmerge.results import (
     Estimate,
     InputRecord,
     LayerResult,
+    MergeCheck,
     Remedy,
     RunResult,
     StrategyResult,
@@ -220,6 +221,7 @@ def _result(
     kept = {_on_disk(job, x.name): x.survival for layer in layers for x in layer.linears}
     remedies = pooled(_remedies(job, layers))
     weak = survival_warning(kept, remedies)
+    merge = walk.merge_check(strategy.chosen)
     result = RunResult(
         qmerge_version=__version__,
         recipe=plain_recipe(job.recipe),
@@ -237,15 +239,24 @@ def _result(
         },
         change_from_previous=_from_previous(arms),
         survival=pool_survival(kept.values()),
+        merge=merge,
+        left_out=job.change.left_out if job.change is not None else (),
         remedies=remedies,
         layers=layers,
         worst=_worst(job, scored, strategy.chosen),
         inputs=inputs,
         versions=versions(),
-        warnings=(*job.notes, *_overlaps(job), *_fallbacks(layers), *([weak] if weak else [])),
+        warnings=(
+            *job.notes,
+            *_moved(merge),
+            *_overlaps(job),
+            *_fallbacks(layers),
+            *([weak] if weak else []),
+        ),
         timings={**walk.meter.seconds, "total": seconds},
         memory=walk.meter.memory,
-        peak_rss_bytes=peak_rss(),
+        # The kernel rounds the two counters differently.
+        peak_rss_bytes=max(peak_rss(), *walk.meter.memory.values()),
     )
     return replace(result, gate=check_limits(result, limits_of(job.recipe)))
 
@@ -334,6 +345,14 @@ def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
         )
         for found in scored
     }
+
+
+def _moved(merge: MergeCheck | None) -> Iterator[str]:
+    if merge is not None and not merge.passed:
+        yield (
+            f"merging moved {merge.where} by {merge.worst:.2g}, more than {merge.dtype} rounds"
+            f" ({merge.rounding:.2g}): the merged model is not the one that was trained"
+        )
 
 
 def _overlaps(job: Job) -> Iterator[str]:

@@ -20,7 +20,8 @@ from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.model.frame import probe
-from qmerge.model.opening import open_model, open_original, open_weights
+from qmerge.model.opening import open_model, open_original
+from qmerge.model.reshape import Shape, open_sibling, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, module_of
@@ -31,13 +32,14 @@ from qmerge.texts import (
     OFFLINE_EVALUATION,
     TOKENS_AT_ONCE,
     calibration_text,
+    check_tokens,
     evaluation_texts,
     load_processor,
     load_tokenizer,
     tokenizer_home,
     window_length,
 )
-from qmerge.training import decide
+from qmerge.training import Decision, decide
 from qmerge.tuning import Tuning, base_notes, open_tuning
 
 DEFAULT_BITS = 4
@@ -78,23 +80,25 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     specs: dict[str, GridSpec] = {}
     siblings: frozenset[tuple[str, ...]] = frozenset()
     notes: list[str] = []
-    folders = tuple(each.folder for each in recipe.adapters())
     stored = loaded = None
-    tokenizer_folder = tokenizer_home(recipe.base, *folders)
+    tokenizer_folder = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
     with faults.at("--base"):
         skeleton, stored = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         siblings = probe(skeleton)
-        loaded = decide(recipe.base_quant, stored.format.summary, folders)
+        base, loaded = as_trained(recipe, skeleton, stored)
         notes += loaded.notes
-        base = _as_trained(skeleton, stored, loaded.quant) if loaded.quant else stored
     tuning = open_tuning(recipe, skeleton, base, faults)
     if skeleton is not None and base is not None:
+        plain, whole = skeleton, base
+        shape = tuning.shape if tuning else Shape(skeleton=skeleton)
+        skeleton, base = shape.skeleton, shape.fit(base)
         with faults.at("--original"):
-            original = _open_original(recipe, skeleton, base, notes)
-            if original is None and base is not stored:
-                original = stored  # what training quantized on the fly is the original itself
+            original = _open_original(recipe, plain, whole, shape, notes)
+            if original is None and whole is not stored and stored is not None:
+                # What training quantized on the fly is the original itself.
+                original = shape.fit(stored)
         with faults.at("--previous"):
-            previous = _open_previous(recipe, skeleton)
+            previous = _open_previous(recipe, plain, skeleton)
         with faults.at("--bits, --group-size"):
             settings = _settings(recipe, base)
             specs = grids(recipe, _targets(base, skeleton), settings.spec, faults)
@@ -108,7 +112,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
     if tuning:
-        notes += base_notes(tuning.adapters, recipe.base, recipe.original or recipe.base)
+        folders = (recipe.base, recipe.original or recipe.base)
+        notes += (*tuning.notes, *base_notes(tuning.adapters, *folders))
     calibration, evaluation = texts
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     return Job(
@@ -145,8 +150,15 @@ def _left_dense(skeleton: Skeleton) -> list[str]:
     return notes
 
 
-def _as_trained(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
-    """The base as the adapter saw it, where training quantized it on the fly."""
+def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weights, Decision]:
+    """The base as the adapter saw it, and how that is known."""
+    folders = tuple(each.folder for each in recipe.adapters())
+    loaded = decide(recipe.base_quant, base.format.summary, folders)
+    return (_simulated(skeleton, base, loaded.quant) if loaded.quant else base), loaded
+
+
+def _simulated(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
+    """The base as training quantized it on the fly."""
     chosen = [name for name in skeleton.replaceable() if quant.quantizes(name)]
     names = [base.names.stored[name + WEIGHT] for name in chosen]
     return dataclasses.replace(
@@ -174,7 +186,7 @@ def _nearest_folder(path: Path) -> Path:
 
 
 def _open_original(
-    recipe: Recipe, skeleton: Skeleton, base: Weights, notes: list[str]
+    recipe: Recipe, skeleton: Skeleton, base: Weights, shape: Shape, notes: list[str]
 ) -> Weights | None:
     if recipe.original is None:
         return None
@@ -187,13 +199,15 @@ def _open_original(
             f"{recipe.original} is quantized itself ({original.format.summary.method})",
             hint="give the 16-bit model that the base was quantized from",
         )
-    return original
+    return shape.fit(original)
 
 
-def _open_previous(recipe: Recipe, skeleton: Skeleton) -> Weights | None:
+def _open_previous(recipe: Recipe, plain: Skeleton, skeleton: Skeleton) -> Weights | None:
     if recipe.previous is None:
         return None
-    return open_weights(Checkpoint.open(recipe.previous), skeleton)
+    trust = recipe.trust_remote_code
+    checkpoint = Checkpoint.open(recipe.previous, config_required=True)
+    return open_sibling(checkpoint, plain, skeleton, trust_remote_code=trust)
 
 
 def _texts(
@@ -204,7 +218,9 @@ def _texts(
     with faults.at("--sequence-length"):
         length = window_length(recipe.sequence_length, skeleton)
     with faults.at("tokenizer"):
-        tokenizer = load_tokenizer(home, trust_remote_code=recipe.trust_remote_code)
+        trust = recipe.trust_remote_code
+        tokenizer = load_tokenizer(home, trust_remote_code=trust)
+        check_tokens(tokenizer, home, recipe.base, vocabulary_of(skeleton), trust=trust)
     if not length or tokenizer is None:
         return None
     with faults.at("--calibration"):

@@ -18,6 +18,7 @@ from qmerge.options import (
     BASE_QUANT,
     DEVICE,
     EVALS,
+    FILE,
     FOLDER,
     FRACTION,
     NBYTES,
@@ -231,7 +232,7 @@ class Recipe(Scoring):
     )
     partial_state: Path | None = option(
         None,
-        FOLDER,
+        FILE,
         "Models",
         "A file of whole parameters that training saved, alone or on top of an adapter.",
         unset="none",

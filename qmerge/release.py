@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from qmerge import __version__
 from qmerge.formats.writing import quantization_config
 from qmerge.job import Job
+from qmerge.model.reshape import restate
 from qmerge.names import WEIGHT, module_of
 from qmerge.provenance import CARD
 from qmerge.report import render, render_card, render_json
@@ -69,7 +69,7 @@ def _of_tokenizer(name: Path) -> bool:
 
 def write_config(job: Job, folder: Path) -> dict[str, str]:
     """`config.json` with the new quantization, and `quantize_config.json`; sha256 by name."""
-    config = copy.deepcopy(dict(job.base.checkpoint.config))
+    config = restate(job.base.checkpoint.config, job.skeleton)
     settings = quantization_settings(job)
     config["quantization_config"] = settings
     digests = {"config.json": write_json(folder / "config.json", config)}

@@ -175,9 +175,10 @@ class LinearResult:
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
     """One unit of the walk. `drift` is, per arm, the relative root mean square distance of the
-    hidden states behind this unit from the reference's; `kl` the divergence of the release from the
-    reference if the model ended here, on some of the in-domain tokens; `remedies` what would have
-    kept more of the adapter."""
+    hidden states behind this unit from the reference's; `merge` the same distance of the merged
+    layers from the live adapter's on the same base, on a little of the calibration text; `kl` the
+    divergence of the release from the reference if the model ended here, on some of the in-domain
+    tokens; `remedies` what would have kept more of the adapter."""
 
     name: str
     kind: str = "layer"
@@ -187,7 +188,26 @@ class LayerResult:
     survival: Survival | None = None
     remedies: tuple[Remedy, ...] = ()
     drift: Mapping[str, float] = field(default_factory=dict)
+    merge: float | None = None
     kl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeCheck:
+    """The merged model against the live adapter on the same base, layer by layer, on the first
+    `tokens` tokens of the calibration text: relative root mean square distances of embedding,
+    hidden states behind each layer and logits. `rounding` is what `dtype` rounds a weight by."""
+
+    tokens: int
+    dtype: str
+    rounding: float
+    worst: float
+    where: str
+    logits: float
+
+    @property
+    def passed(self) -> bool:
+        return self.worst <= self.rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +303,8 @@ class Comparison:
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """Everything a run measured. `reference` and `subject` name the arms that limits, changes
-    and the verdict speak of; `evaluate` without a reference has neither."""
+    and the verdict speak of; `evaluate` without a reference has neither. `left_out` are modules
+    that the adapter changes and that were asked to stay the base's."""
 
     schema_version: int = SCHEMA_VERSION
     qmerge_version: str
@@ -298,6 +319,8 @@ class RunResult:
     change_from_previous: Mapping[str, Change] = field(default_factory=dict)
     noise_floor: Mapping[str, ArmScore] = field(default_factory=dict)
     survival: Survival | None = None
+    merge: MergeCheck | None = None
+    left_out: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
     layers: tuple[LayerResult, ...] = ()
     worst: Mapping[str, tuple[WorstWindow, ...]] = field(default_factory=dict)
@@ -425,7 +448,9 @@ class PlannedUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """What a run would do, in words and bytes; with faults only what was asked is filled in."""
+    """What a run would do, in words and bytes; with faults only what was asked is filled in.
+    `renamed` maps tensors of the adapter files to the names they were understood as, `left_out`
+    are modules that --only and --except keep the base's."""
 
     base: str
     adapter: str
@@ -442,5 +467,7 @@ class PlanSummary:
     disk_bytes: int = 0
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()

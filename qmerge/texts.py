@@ -17,6 +17,7 @@ from qmerge.recipe import EvalText, Scoring
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+ROWS_HINT = "save the adapter again with save_embedding_layers=True, or give --partial-state"
 TOKENS_AT_ONCE = 4096
 """Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
 
@@ -78,6 +79,26 @@ def calibration_text(
     if rows is None:
         return load_corpus(spec, tokenizer, **chosen)
     return load_images(spec, rows, processor(), **chosen)
+
+
+def check_tokens(tokenizer: Any, home: Path, base: Path, rows: int, *, trust: bool) -> None:
+    """Whether the model has an embedding for each token that training added to the tokenizer.
+
+    Raises `CorpusError` where it has none; tokens that the base's own tokenizer has beyond its
+    embeddings are the base's affair.
+    """
+    beyond = {token: n for token, n in tokenizer.get_vocab().items() if n >= rows}
+    if not beyond or home == base:
+        return
+    known = load_tokenizer(base, trust_remote_code=trust).get_vocab()
+    added = [token for token, number in beyond.items() if known.get(token) != number]
+    if added:
+        more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+        raise CorpusError(
+            f"{home}: the tokenizer has {added[0]!r}{more} beyond the model's {rows} embeddings,"
+            " and training saved none for it",
+            hint=ROWS_HINT,
+        )
 
 
 def window_length(asked: int | None, skeleton: Skeleton) -> int:

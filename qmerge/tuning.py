@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmerge.adapters import Adapter, Chain, Change, combine, inject, open_adapter, overlay
-from qmerge.errors import Fault
+from qmerge.adapters.source import read_headers, rows_of_vocabulary
+from qmerge.errors import AdapterError, Fault
 from qmerge.job import Faults
+from qmerge.model.reshape import Shape, reshape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import matches
 from qmerge.recipe import Recipe
+from qmerge.storage.headers import TensorInfo
+from qmerge.texts import ROWS_HINT
 
-HEAD_HINT = "merge this adapter with PEFT into a model whose head is its own, and quantize that"
+UNTIED = (
+    "training made the head differ from the embedding that it is tied to: the release has a head of"
+    " its own, and says tie_word_embeddings false"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The opened adapters, and what they come to on the model."""
+    """The opened adapters, what they come to on the model, and the model's shape with them."""
 
     change: Change
     adapters: tuple[Adapter, ...]
+    shape: Shape
+    notes: tuple[str, ...]
 
 
 def open_tuning(
@@ -38,24 +47,61 @@ def open_tuning(
     for each in asked:
         with faults.at(f"--adapter {each.folder}"):
             adapters.append(open_adapter(each.folder))
+    state: Mapping[str, TensorInfo] | None = None
+    with faults.at("--partial-state"):
+        state = read_headers(recipe.partial_state) if recipe.partial_state is not None else {}
     links: list[Change] = []
-    if skeleton is not None and len(adapters) == len(asked):
+    shape = None
+    if skeleton is not None and state is not None and len(adapters) == len(asked):
         with faults.at("--adapter"):
-            links += _links(recipe, skeleton, adapters)
-        if recipe.partial_state is not None:
-            with faults.at("--partial-state"):
-                links.append(overlay(skeleton.model, recipe.partial_state))
-    if skeleton is None or not links:
+            shape = _grown(skeleton, adapters, state)
+            selection = _Selection(recipe)
+            links += _links(recipe, shape.skeleton, adapters, selection)
+            faults.found += selection.faults()
+    if shape is not None and recipe.partial_state is not None:
+        with faults.at("--partial-state"):
+            model = _after(links, shape.skeleton).model
+            links.append(overlay(model, recipe.partial_state))
+    faults.found += _left_beside(recipe, adapters)
+    if skeleton is None or shape is None or not links:
         return None
     change = links[0] if len(links) == 1 else Chain(links=tuple(links))
-    faults.found += change.faults
-    faults.found += _homeless(skeleton, change)
+    if change.faults:
+        faults.found += change.faults
+        return None
+    if change.unties:
+        shape = reshape(skeleton, untied=True, vocabulary=vocabulary_of(shape.skeleton))
+    faults.found += _homeless(shape, change)
+    faults.found += _unknown_rows(skeleton, shape, change)
     if base is not None:
         faults.found += _bound_to_base(recipe, adapters, base)
-    return Tuning(change=change, adapters=tuple(adapters))
+    return Tuning(
+        change=change, adapters=tuple(adapters), shape=shape, notes=_notes(skeleton, shape)
+    )
 
 
-def _links(recipe: Recipe, skeleton: Skeleton, adapters: Sequence[Adapter]) -> list[Change]:
+def _grown(
+    skeleton: Skeleton, adapters: Sequence[Adapter], state: Mapping[str, TensorInfo]
+) -> Shape:
+    """The model with as many tokens as what was trained has embeddings for."""
+    whole = {str(each.path): each.vocabulary for each in adapters}
+    whole |= {"--partial-state": rows_of_vocabulary(state)}
+    said = {where: rows for where, rows in whole.items() if rows is not None}
+    if len(set(said.values())) > 1:
+        told = ", ".join(f"{rows} in {where}" for where, rows in said.items())
+        raise AdapterError(
+            f"they bring embeddings of different vocabularies: {told}",
+            hint="merge one of them first, and train the other on the result",
+        )
+    tokens = max((each.last_token + 1 for each in adapters), default=0)
+    return reshape(
+        skeleton, vocabulary=next(iter(said.values()), max(tokens, vocabulary_of(skeleton)))
+    )
+
+
+def _links(
+    recipe: Recipe, skeleton: Skeleton, adapters: Sequence[Adapter], selection: _Selection
+) -> list[Change]:
     """One change for each adapter in its order, or one for all of them combined."""
     weights = [each.weight for each in recipe.adapters()]
     if recipe.combine is not None and adapters:
@@ -64,43 +110,94 @@ def _links(recipe: Recipe, skeleton: Skeleton, adapters: Sequence[Adapter]) -> l
             density=recipe.density, seed=recipe.seed,
         )  # fmt: skip
         adapters, weights = [combined], [1.0]
-    return [
-        inject(
-            skeleton.model,
+    links: list[Change] = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        made = inject(
+            _after(links, skeleton).model,
             adapter,
             weight=weight,
-            selected=_selection(recipe),
+            selected=selection,
             allow_noop=recipe.allow_noop,
         )
-        for adapter, weight in zip(adapters, weights, strict=True)
+        links.append(made)
+    return links
+
+
+def _after(links: Sequence[Change], skeleton: Skeleton) -> Skeleton:
+    """The model that the next change is made to: one that was untied stays so."""
+    untied = any(link.unties for link in links)
+    return reshape(skeleton, untied=True).skeleton if untied else skeleton
+
+
+class _Selection:
+    """`--only` and `--except` on module names, and which of their patterns meant something."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.only, self.exclude = recipe.only, recipe.exclude
+        self.used: set[str] = set()
+
+    def __call__(self, module: str) -> bool:
+        chosen = [pattern for pattern in self.only if matches(pattern, module)]
+        dropped = [pattern for pattern in self.exclude if matches(pattern, module)]
+        self.used.update(chosen, dropped)
+        return bool(chosen or not self.only) and not dropped
+
+    def faults(self) -> list[Fault]:
+        """Patterns that fit no module that is adapted: a misspelt one would change the merge."""
+        given = [("--only", each) for each in self.only]
+        given += [("--except", each) for each in self.exclude]
+        return [
+            Fault(
+                where=option,
+                message=f"{pattern!r} fits no module that the adapters change",
+                hint="`qmerge inspect ADAPTER` lists what it targets; patterns fit whole names",
+            )
+            for option, pattern in given
+            if pattern not in self.used
+        ]
+
+
+def _homeless(shape: Shape, change: Change) -> list[Fault]:
+    """Changes that no unit of the walk would merge, so that none is lost in silence."""
+    known = shape.skeleton.parameters().keys() | shape.skeleton.tied().keys()
+    return [
+        Fault(where="--adapter", message=f"changes {name}, which the model does not have")
+        for name in sorted(change.touched - known)
     ]
 
 
-def _selection(recipe: Recipe) -> Callable[[str], bool] | None:
-    """`--only` and `--except` on module names; None where everything is merged."""
-    if not recipe.only and not recipe.exclude:
-        return None
+def _unknown_rows(skeleton: Skeleton, shape: Shape, change: Change) -> list[Fault]:
+    """New tokens of which training saved no embedding."""
+    before = skeleton.parameters()
+    found = []
+    for name, rows in shape.rows.items():
+        known = before[shape.owners.get(name, name)].shape[0]
+        if rows > known and not change.supplies(name, known):
+            message = f"the rows {known} to {rows - 1} of {name} were trained, and are not there"
+            found.append(Fault(where="--adapter", message=message, hint=ROWS_HINT))
+    return found
 
-    def selected(module: str) -> bool:
-        wanted = not recipe.only or any(matches(pattern, module) for pattern in recipe.only)
-        return wanted and not any(matches(pattern, module) for pattern in recipe.exclude)
 
-    return selected
+def _notes(skeleton: Skeleton, shape: Shape) -> tuple[str, ...]:
+    notes = [UNTIED] if shape.owners else []
+    rows, known = vocabulary_of(shape.skeleton), vocabulary_of(skeleton)
+    if rows != known:
+        notes.append(f"training changed the vocabulary from {known} to {rows} tokens")
+    return tuple(notes)
 
 
-def _homeless(skeleton: Skeleton, change: Change) -> list[Fault]:
-    """Changes that no unit of the walk would merge, so that none is lost in silence."""
-    known = skeleton.parameters().keys()
-    lost = sorted(name for name in change.touched if name not in known)
-    if change.unties:
-        lost = lost or ["the output embedding"]
-        message = f"makes {lost[0]} differ from the embedding that it is tied to"
-        return [Fault(where="--adapter", message=message, hint=HEAD_HINT)]
-    aliases = skeleton.tied()
-    lost = [name for name in lost if name not in aliases]
+def _left_beside(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Fault]:
+    """Weights in an adapter's folder that nobody was told to merge."""
+    given = recipe.partial_state.resolve() if recipe.partial_state is not None else None
     return [
-        Fault(where="--adapter", message=f"changes {name}, which the model does not have")
-        for name in lost
+        Fault(
+            where=str(each.path),
+            message=f"holds {name} beside the adapter, which would not be merged",
+            hint=f"give --partial-state {each.path / name} if training saved it, or move it away",
+        )
+        for each in adapters
+        for name in each.beside
+        if (each.path / name).resolve() != given
     ]
 
 

@@ -7,6 +7,7 @@ written and let go.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -22,16 +23,16 @@ from qmerge.formats.writing import pack
 from qmerge.job import Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
-from qmerge.model.frame import Frame
+from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.progress import Progress, Silent
-from qmerge.results import LayerResult, LinearResult, Remedy, decode, encode
-from qmerge.stages.evaluate import Scored, advance, key_of, lens, score
-from qmerge.stages.merge import live_layer, merge_layer, outer_weights
+from qmerge.results import LayerResult, LinearResult, MergeCheck, Remedy, decode, encode
+from qmerge.stages.evaluate import Scored, advance, distance, key_of, lens, score
+from qmerge.stages.merge import live_layer, live_outer, merge_layer, outer_weights
 from qmerge.stages.requantize import Calibration, ReadWindows, Requantizer, Weight
 from qmerge.storage.shards import ShardRecord, write_shard
 from qmerge.workspace import Workspace
@@ -39,6 +40,8 @@ from qmerge.workspace import Workspace
 REFERENCE = "trained"
 NOISE = "noise_floor"
 NOISE_WINDOWS = 8
+CHECKED_TOKENS = 64
+"""Tokens whose logits are compared between the merged model and the live adapter."""
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -58,6 +61,16 @@ def calibration_key(strategy: str) -> str:
 def reference_key(strategy: str) -> str:
     """The stream of calibration text through the merged model that the release aims at."""
     return f"reference@{strategy}"
+
+
+def live_key(strategy: str) -> str:
+    """The stream of the first calibration window through the adapter, live on its base."""
+    return f"live@{strategy}"
+
+
+def dense_key(strategy: str) -> str:
+    """The stream of the same window through the merged layers."""
+    return f"dense@{strategy}"
 
 
 class Walk:
@@ -109,6 +122,10 @@ class Walk:
                 self._enter(self.frames[REFERENCE], key_of(NOISE, corpus.name), few)
             for key, frame in self._calibrated().items():
                 self._calibrate(key, frame, partial(self.streams.append, key))
+            for strategy in self.job.strategies if self.job.change is not None else ():
+                for key in (live_key(strategy), dense_key(strategy)):
+                    frame = self.frames[merged_arm(strategy)]
+                    self._enter(frame, key, self.job.calibration.tokens[:1])
         self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
 
     def layer(self, unit: Unit) -> None:
@@ -134,6 +151,7 @@ class Walk:
         for strategy in self.job.strategies:
             if self.job.change is not None:
                 self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
+                self._hold(unit, strategy, merged[strategy], result)
             shards[strategy] = self._requantize(unit, strategy, merged[strategy], origins, result)
         self._look(result)
         seconds = time.monotonic() - began
@@ -149,6 +167,24 @@ class Walk:
         """Every arm through final norm and head, on the same tokens."""
         with self._timed("score"):
             return score(self.frames, self._last, self.job.evaluation, REFERENCE, self.progress)
+
+    def merge_check(self, strategy: str) -> MergeCheck | None:
+        """What the merge itself moved; None where nothing was merged."""
+        if self.job.change is None:
+            return None
+        found = {layer.name: layer.merge or 0.0 for layer in self.layers[strategy]}
+        with self._timed("score"):
+            found |= {"embedding": self._embedding_moved(strategy)}
+            found |= {"logits": self._logits_moved(strategy)}
+        where = max(found, key=lambda name: (math.isnan(found[name]), found[name]))
+        return MergeCheck(
+            tokens=self._length(),
+            dtype=str(self.rounding).removeprefix("torch."),
+            rounding=torch.finfo(self.rounding).eps / 2,
+            worst=found[where],
+            where=where,
+            logits=found["logits"],
+        )
 
     def noise(self) -> tuple[Scored, ...]:
         """The first windows of each corpus, scored in full precision and in 16 bits."""
@@ -172,16 +208,37 @@ class Walk:
         with self._timed("merge"):
             live = self._live(unit, origins["dequantize"])
         self._advance(unit, REFERENCE, live, result)
+        self._follow(unit, "dequantize", live)
         with self._timed("merge"):
             merged["dequantize"] = merge_layer(self.job.change, live)
-            if "substitute" in self.job.strategies:
+        if "substitute" in self.job.strategies:
+            with self._timed("merge"):
                 live = self._live(unit, origins["substitute"])
+            self._follow(unit, "substitute", live)
+            with self._timed("merge"):
                 merged["substitute"] = merge_layer(self.job.change, live)
         return merged
 
     def _live(self, unit: Unit, weights: Tensors) -> nn.Module:
         live = live_layer(self.job.skeleton, self.job.change, unit, weights)
         return live.to(self.job.device)
+
+    def _follow(self, unit: Unit, strategy: str, live: nn.Module) -> None:
+        """The live adapter one layer onward, for the merged layers to be held against."""
+        if self.job.change is not None and strategy in self.job.strategies:
+            with self._timed("evaluate"):
+                call = self.calls[unit.index]
+                advance(live, self.streams, live_key(strategy), call, 1, None)
+
+    def _hold(self, unit: Unit, strategy: str, merged: Tensors, result: _LayerNotes) -> None:
+        """The merged layers after the live adapter, and how far they are from it by now."""
+        layer = self.job.skeleton.layer(unit.index)
+        fill(layer, merged)
+        keys, call = (dense_key(strategy), live_key(strategy)), self.calls[unit.index]
+        with self._timed("evaluate"):
+            layer.to(self.job.device)
+            far, size = advance(layer, self.streams, keys[0], call, 1, keys[1])
+        result.merge[strategy] = (far / size) ** 0.5 if size else 0.0
 
     def _advance_noise(self, unit: Unit, merged: Tensors) -> None:
         """`trained` with weights and outputs in 16 bits: what no release could be nearer than."""
@@ -312,8 +369,7 @@ class Walk:
         }
 
     def _dense(self, parameter: str, strategy: str, value: torch.Tensor) -> torch.Tensor:
-        source = self.job.base if strategy == "dequantize" else self.job.original
-        assert source is not None
+        source = self._source(strategy)
         if parameter not in self.job.touched:
             stored = source.as_stored(parameter)
             if stored is not None:
@@ -354,8 +410,50 @@ class Walk:
             if stored is None:
                 value = changed if changed is not None else weights.tensor(parameter)
                 stored = value.to(self.job.base.dense_dtype(parameter))
-            tensors[self.job.base.names.stored[parameter]] = stored
+            tensors[self.job.base.names.to_write(parameter)] = stored
         return tensors
+
+    def _embedding_moved(self, strategy: str) -> float:
+        """First hidden states of the merged model against the live adapter's."""
+        path, tokens = self._base_frame().embedding_path, self.job.calibration.tokens[:1]
+        moved = self._moved(path, strategy, tokens, tokens)
+        return 0.0 if moved is None else moved
+
+    def _logits_moved(self, strategy: str) -> float:
+        """Logits of the last tokens of the window, merged against live."""
+        frame = self.frames[merged_arm(strategy)]
+        found, expected = (
+            frame.leave(self.streams.read(key, 0, 1))[0, -CHECKED_TOKENS:]
+            for key in (dense_key(strategy), live_key(strategy))
+        )
+        moved = self._moved(frame.head_path, strategy, found, expected)
+        if moved is not None:
+            return moved
+        slices = [
+            frame.logits(torch.cat([found, expected]), start, frame.head_rows(start, stop))
+            for start, stop in batches(frame.vocabulary, ROWS_AT_ONCE)
+        ]
+        return distance(*torch.cat(slices, dim=-1).chunk(2))
+
+    def _moved(
+        self, path: str, strategy: str, merged: torch.Tensor, live: torch.Tensor
+    ) -> float | None:
+        """What a module outside the layers makes of both inputs; None where it was not adapted."""
+        change = self.job.change
+        if change is None or join(path, "weight") not in change.touched:
+            return None
+        source = self._source(strategy)
+        module = live_outer(self.job.skeleton, change, path, source)
+        with torch.inference_mode():
+            expected = module(live)
+            change.merge(module)
+            return distance(module(merged), expected)
+
+    def _source(self, strategy: str) -> Weights:
+        """The checkpoint that the adapter is merged onto."""
+        source = self.job.base if strategy == "dequantize" else self.job.original
+        assert source is not None
+        return source
 
     def _last(self, arm: str, corpus: str, start: int, stop: int) -> torch.Tensor:
         return self.streams.read(key_of(arm, corpus), start, stop)
@@ -452,6 +550,7 @@ class _LayerNotes:
         self.linears: dict[str, list[LinearResult]] = {}
         self.remedies: dict[str, list[Remedy]] = {}
         self.kl: dict[str, float] = {}
+        self.merge: dict[str, float] = {}
 
     def layer(self, unit: Unit, strategy: str, tensors: Tensors, seconds: float) -> LayerResult:
         """The record of one strategy; `drift` has the arms of all of them."""
@@ -469,6 +568,7 @@ class _LayerNotes:
                 if norm > 0 and arm != REFERENCE
             },
             kl=self.kl.get(release_arm(strategy)),
+            merge=self.merge.get(strategy),
         )
 
 
@@ -489,6 +589,9 @@ def _streams(job: Job) -> dict[str, Stream]:
         found[calibration_key(strategy)] = calibrated
         if job.settings.asymmetric:
             found[reference_key(strategy)] = calibrated
+        if job.change is not None:
+            first = replace(calibrated, windows=1)
+            found[live_key(strategy)] = found[dense_key(strategy)] = first
     return found
 
 

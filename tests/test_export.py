@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from qmerge.errors import CheckpointError, InputError
+from qmerge.cli import group
+from qmerge.errors import CheckpointError, InputError, RecipeError
 from qmerge.export import export
 from qmerge.formats import open_format
+from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
+from tests.adapters import tiny
 
 
 def dense_model(folder: Path) -> Any:
@@ -21,7 +26,7 @@ def dense_model(folder: Path) -> Any:
 
 
 def test_dequantized_folder_holds_what_the_reader_decodes(tiny_nf4: Path, tmp_path: Path) -> None:
-    export(tiny_nf4, tmp_path / "dense", dtype="float32")
+    export(Recipe(base=tiny_nf4, out=tmp_path / "dense"), dtype="float32")
     form = open_format(Checkpoint.open(tiny_nf4))
     dense = Checkpoint.open(tmp_path / "dense")
     assert set(dense.tensors) == set(form.weights)
@@ -38,7 +43,7 @@ def test_pieces_and_threads_change_no_byte(
     monkeypatch.setattr("qmerge.model.weights.PIECE", 1000)
     monkeypatch.setattr("qmerge.export.cores", lambda: cores)
     threads = torch.get_num_threads()
-    written = export(tiny_nf4, tmp_path / "dense", dtype="float16")
+    written = export(Recipe(base=tiny_nf4, out=tmp_path / "dense"), dtype="float16")
     assert torch.get_num_threads() == threads
     form, dense = open_format(Checkpoint.open(tiny_nf4)), Checkpoint.open(tmp_path / "dense")
     assert written["tensors"] == len(form.weights) == len(dense.tensors)
@@ -56,12 +61,12 @@ def test_what_ends_one_unit_ends_all(
 
     monkeypatch.setattr(BitsandbytesReader, "_decode", fail)
     with pytest.raises(CheckpointError, match="damaged"):
-        export(tiny_nf4, tmp_path / "out")
+        export(Recipe(base=tiny_nf4, out=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_untouched_16_bit_weights_keep_their_bytes(tiny_original: Path, tmp_path: Path) -> None:
-    written = export(tiny_original, tmp_path / "copy")
+    written = export(Recipe(base=tiny_original, out=tmp_path / "copy"))
     assert written["dtype"] == "bfloat16"
     source, copied = Checkpoint.open(tiny_original), Checkpoint.open(tmp_path / "copy")
     for name in source.tensors:
@@ -71,8 +76,9 @@ def test_untouched_16_bit_weights_keep_their_bytes(tiny_original: Path, tmp_path
 def test_merged_folder_equals_peft(tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    export(tiny_nf4, tmp_path / "dense", dtype="float32")
-    export(tiny_nf4, tmp_path / "merged", adapter=tiny_adapter, dtype="float32")
+    export(Recipe(base=tiny_nf4, out=tmp_path / "dense"), dtype="float32")
+    asked = Recipe(base=tiny_nf4, adapter=(str(tiny_adapter),), out=tmp_path / "merged")
+    export(asked, dtype="float32")
     live = PeftModel.from_pretrained(dense_model(tmp_path / "dense"), tiny_adapter).eval()
     merged = dense_model(tmp_path / "merged")
     tokens = torch.arange(40)[None]
@@ -83,6 +89,141 @@ def test_merged_folder_equals_peft(tiny_nf4: Path, tiny_adapter: Path, tmp_path:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.fixture(scope="module")
+def adapters(tiny_original: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two adapters on the same linears, each moved at random."""
+    from peft import LoraConfig, get_peft_model
+
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("adapter")
+        options = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        get_peft_model(dense_model(tiny_original), options).save_pretrained(folder)
+        folders.append(str(folder))
+    return folders[0], folders[1]
+
+
+def combined(base: Path, adapters: tuple[str, str], weights: list[float], **options: Any) -> Any:
+    """PEFT's own combination, live."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(dense_model(base), adapters[0], adapter_name="a")
+    model.load_adapter(adapters[1], "b")
+    torch.manual_seed(0)
+    model.add_weighted_adapter(["a", "b"], weights, "both", **options)
+    model.set_adapter("both")
+    return model.eval()
+
+
+def same_logits(folder: Path, live: Any) -> None:
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(dense_model(folder)(tokens).logits, live(tokens).logits)
+
+
+def merge(*arguments: object) -> dict[str, Any]:
+    """`qmerge merge` as it is typed; what it says on stdout."""
+    outcome = CliRunner().invoke(group, ["merge", *map(str, arguments), "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout)
+
+
+def test_merge_of_a_combination_equals_peft(
+    tiny_original: Path, adapters: tuple[str, str], tmp_path: Path
+) -> None:
+    first, second = adapters
+    for method, options in (("cat", ()), ("dare_ties", ("--density", 0.6))):
+        out = tmp_path / method
+        weighed = (f"{first}@0.7", f"{second}@-0.4")
+        how = ("--combine", method, "--dtype", "float32", *options)
+        merge(tiny_original, *weighed, out, *how)
+        density = {"density": 0.6} if options else {}
+        live = combined(tiny_original, adapters, [0.7, -0.4], combination_type=method, **density)
+        same_logits(out, live)
+
+
+def test_merge_of_one_on_the_other_in_part_and_over_a_partial_state(
+    tiny_original: Path, adapters: tuple[str, str], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    state = {"model.norm.weight": torch.full((64,), 1.5)}
+    torch.save(state, tmp_path / "state.pt")
+    written = merge(
+        tiny_original, *adapters, tmp_path / "out", "--dtype", "float32",
+        "--only", "*.q_proj", "--except", "re:.*layers\\.1\\..*",
+        "--partial-state", tmp_path / "state.pt",
+    )  # fmt: skip
+    kept = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)}
+    assert set(written["merged"]) == {*(f"{name}.weight" for name in kept), "model.norm.weight"}
+    assert len(written["left_out"]) == 4
+    live = dense_model(tiny_original)
+    for folder in adapters:
+        live = PeftModel.from_pretrained(live, folder)
+        for name, module in live.named_modules():
+            if hasattr(module, "lora_A") and name.removeprefix("base_model.model.") not in kept:
+                module.scale_layer(0.0)
+        live = live.merge_and_unload()
+    live.load_state_dict(state, strict=False)
+    same_logits(tmp_path / "out", live)
+
+
+def test_merge_of_what_a_vision_language_model_trained(tmp_path: Path) -> None:
+    """A LoRA on the language model and a partial state of merger and norm, by their older names."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(tiny.vision_language(), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    options = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(model, options).save_pretrained(tmp_path / "adapter")
+    new = {
+        "visual.merger.mlp.0.weight": "model.visual.merger.mlp.0.weight",
+        "language_model.model.norm.weight": "model.language_model.norm.weight",
+    }
+    places = {name: tensor.shape for name, tensor in model.base_model.state_dict().items()}
+    places |= {f"model.{name}": shape for name, shape in places.items()}
+    state = {old: torch.rand(places[name]) for old, name in new.items()}
+    torch.save({f"base_model.model.{n}": t for n, t in state.items()}, tmp_path / "state.bin")
+    how = ("--dtype", "float32", "--partial-state", tmp_path / "state.bin")
+    written = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", *how)
+    assert len(written["merged"]) == 2 + 2
+    assert len(written["renamed"]) == 2
+
+    def load(folder: Path) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    live = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    inner = live.base_model.model
+    inner.load_state_dict({new[old]: tensor for old, tensor in state.items()}, strict=False)
+    found = load(tmp_path / "out")
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        expected = live(input_ids=tokens).logits
+        torch.testing.assert_close(found(input_ids=tokens).logits, expected)
+    merger = "model.visual.merger.mlp.0.weight"
+    assert torch.equal(found.state_dict()[merger], inner.state_dict()[merger])
+
+
+def test_merge_onto_a_base_that_training_quantized(
+    tiny_original: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    on_the_fly = ("--base-quant", "nf4,double", "--dtype", "float32")
+    merge(tiny_original, tiny_adapter, tmp_path / "fly", *on_the_fly)
+    merge(tiny_nf4, tiny_adapter, tmp_path / "saved", "--dtype", "float32")
+    found = (Checkpoint.open(tmp_path / name) for name in ("fly", "saved"))
+    fly, saved = ({name: each.read(name) for name in each.tensors} for each in found)
+    assert all(torch.equal(fly[name], saved[name]) for name in saved)
+
+
+def test_merge_of_nothing_is_an_error(tiny_original: Path, tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(group, ["merge", str(tiny_original), str(tmp_path / "out")])
+    assert isinstance(outcome.exception, RecipeError)
+    assert "dequantize" in str(outcome.exception.hint)
+
+
 def test_nothing_is_left_of_an_export_that_fails(
     tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,10 +232,10 @@ def test_nothing_is_left_of_an_export_that_fails(
 
     monkeypatch.setattr("qmerge.export.write_index", fail)
     with pytest.raises(OSError, match="disk"):
-        export(tiny_nf4, tmp_path / "out")
+        export(Recipe(base=tiny_nf4, out=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_written_to(tiny_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists"):
-        export(tiny_nf4, tmp_path)
+        export(Recipe(base=tiny_nf4, out=tmp_path))

@@ -19,6 +19,7 @@ from qmerge.formats import open_format
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import EvaluateRecipe, Recipe
+from qmerge.report import render
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
 
@@ -489,7 +490,13 @@ def test_several_adapters_one_on_the_other_and_only_where_asked(
     assert close(found, perplexity(twice.eval(), tokens), 1e-5)
 
     part = replace(asked, only=("*.mlp.*",), exclude=("*.down_proj",), out=tmp_path / "part")
-    run(part)
+    told = run(part)
+    assert "model.layers.1.mlp.down_proj" in told.left_out
+    assert "model.layers.1.mlp.up_proj" not in told.left_out
+    for form in ("text", "md", "html"):
+        page = " ".join(render(told, form).replace("\\_", "_").split())
+        assert "eft as the base has it: model.layers.0.self_attn.q_proj" in page
+        assert "of the live adapter in every layer" in page
     base, release = Checkpoint.open(tiny_original), open_format(Checkpoint.open(part.out))
     name = "model.layers.1.{}.weight"
     kept = PeftModel.from_pretrained(load(tiny_original), tiny_adapter).merge_and_unload()
@@ -499,6 +506,32 @@ def test_several_adapters_one_on_the_other_and_only_where_asked(
         stored = release.dense(name.format(module))
         near = (stored - target[name.format(module)].float()).norm()
         assert near < (stored - other[name.format(module)].float()).norm()
+
+
+def test_merge_is_held_against_the_live_adapter(
+    asked: Recipe, tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qmerge.stages.merge import merge_layer
+
+    few = replace(asked, calibration_samples=4, eval_windows=2)
+    recipe = replace(few, base=tiny_nf4, out=tmp_path / "whole")
+    found = run(recipe).merge
+    assert found is not None
+    assert found.passed
+    assert found.worst < 1e-5
+    assert (found.dtype, found.rounding) == ("bfloat16", 2**-8)
+
+    def lossy(change: Any, live: Any) -> dict[str, torch.Tensor]:
+        merged = merge_layer(change, live)
+        return {name: t * 1.05 if "up_proj" in name else t for name, t in merged.items()}
+
+    monkeypatch.setattr("qmerge.walk.merge_layer", lossy)
+    result = run(replace(recipe, out=tmp_path / "lossy"))
+    assert result.merge is not None
+    assert not result.merge.passed
+    assert any("merging moved model.layers." in warning for warning in result.warnings)
+    moved = [layer.merge for layer in result.layers]
+    assert all(each is not None and each > 2**-8 for each in moved)
 
 
 def base_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

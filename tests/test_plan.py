@@ -174,7 +174,7 @@ def test_a_start_that_no_base_in_few_bits_can_have_had(
     assert plan.faults == ()
     assert any("merge onto the base it started from" in note for note in plan.summary.notes)
     with pytest.raises(PlanError, match="cannot have started"):
-        export(tiny_nf4, asked.out, adapter=Path(recipe.adapter[0]))
+        export(replace(recipe, base=tiny_nf4))
 
 
 def test_a_start_that_binds_the_adapter_to_its_base(asked: Recipe, tiny_nf4: Path) -> None:

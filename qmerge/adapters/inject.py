@@ -16,12 +16,14 @@ from qmerge.adapters.injection import LIVE_HINT, Injection
 from qmerge.adapters.kinds import SETTLING_KINDS
 from qmerge.adapters.landing import OTHER_MODEL_HINT, Landing, land
 from qmerge.adapters.probe import probe
+from qmerge.adapters.retarget import repattern, retarget
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, Fault
 from qmerge.names import join, module_of, under
 
 STALE = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 """What libraries say to each other's developers, and not to a reader of the plan."""
+TAKEN = "the modules are those that its tensors are named after"
 
 
 def inject(
@@ -43,7 +45,7 @@ def inject(
             f"{adapter.path}: a {adapter.kind} adapter cannot be merged: {adapter.refusal}",
             hint=LIVE_HINT,
         )
-    peft_model, said = _wrap(copy.deepcopy(model), adapter)
+    peft_model, said = _wrap(model, adapter)
     landing = land(peft_model, adapter)
     tuner = peft_model.base_model
     if not landing.faults:
@@ -72,28 +74,49 @@ def inject(
 
 def _wrap(model: Any, adapter: Adapter) -> tuple[Any, tuple[str, ...]]:
     """PEFT's model around a skeleton, adapter parameters on meta, and what PEFT had to say."""
+    from peft.tuners.tuners_utils import NoMatchingPeftModuleError
+
+    config = adapter.peft_config()
+    lost = repattern(config, model)
+    notes = tuple(f"{each} of {adapter.path} fits no module of this model" for each in lost)
+    try:
+        wrapped, said = _put(copy.deepcopy(model), config, adapter)
+    except NoMatchingPeftModuleError as error:
+        if not retarget(config, model, adapter.tensors):
+            raise _misplaced(model, adapter, error) from error
+        notes += (f"the targets of {adapter.path} are of another library generation: {TAKEN}",)
+        try:
+            wrapped, said = _put(copy.deepcopy(model), config, adapter)
+        except Exception as again:
+            raise _misplaced(model, adapter, again) from again
+    except Exception as error:
+        raise _misplaced(model, adapter, error) from error
+    return wrapped.eval(), (*notes, *said)
+
+
+def _put(model: Any, config: Any, adapter: Adapter) -> tuple[Any, tuple[str, ...]]:
     from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    config = adapter.peft_config()
     settles = adapter.kind in SETTLING_KINDS
     if settles:
         unit.hollow(model)
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    try:
-        with warnings.catch_warnings(record=True) as caught, unit.only_dense_layers():
-            warnings.simplefilter("always")
-            wrapped = wrapper(model, config, unit.ADAPTER, low_cpu_mem_usage=not settles)
-    except Exception as error:
-        raise AdapterError(
-            f"{adapter.path}: PEFT cannot put this adapter ({', '.join(adapter.targets)}) into "
-            f"{type(model).__name__}: {error}",
-            hint=OTHER_MODEL_HINT,
-        ) from error
+    with warnings.catch_warnings(record=True) as caught, unit.only_dense_layers():
+        warnings.simplefilter("always")
+        wrapped = wrapper(model, config, unit.ADAPTER, low_cpu_mem_usage=not settles)
     if settles:
         unit.back_to_meta(model)
     said = (str(w.message) for w in caught if not issubclass(w.category, STALE))
-    return wrapped.eval(), tuple(dict.fromkeys(said))
+    return wrapped, tuple(dict.fromkeys(said))
+
+
+def _misplaced(model: Any, adapter: Adapter, error: Exception) -> AdapterError:
+    return AdapterError(
+        f"{adapter.path}: PEFT cannot put this adapter ({', '.join(adapter.targets)}) into "
+        f"{type(model).__name__}: {error}",
+        hint=OTHER_MODEL_HINT,
+    )
 
 
 def _weight_faults(

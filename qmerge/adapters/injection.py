@@ -47,6 +47,16 @@ class Injection:
         """File name of a tensor to the name it was understood as, where they differ."""
         return self.landing.spelling.renamed
 
+    def supplies(self, parameter: str, start: int) -> bool:
+        """Whether it brings every row of a parameter from `start` on, whatever the base has."""
+        if parameter in self.landing.overrides:
+            return True
+        path, _, name = parameter.rpartition(".")
+        if path in self.left_out:
+            return False
+        module = dict(unit.adapted_modules(self.tuner.model)).get(path)
+        return module is not None and unit.brings_rows(module, name, start)
+
     def live(self, path: str) -> nn.Module:
         """A fresh adapted copy of the submodule at a plain path; its base parameters are on meta.
 

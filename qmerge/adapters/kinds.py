@@ -36,6 +36,8 @@ REFUSED_OPTIONS = (
     ("alora_invocation_tokens", "aLoRA is active only after its invocation tokens"),
     ("arrow_config", "an Arrow router weighs several adapters anew for every token"),
     ("use_qalora", "QALoRA pools the layer's input, and PEFT cannot merge it"),
+    ("use_qa_lora", "ms-swift's QA-LoRA pools the layer's input, and PEFT does not know it"),
+    ("use_merged_linear", "ms-swift's merged linears leave out a part that PEFT does not know of"),
     ("megatron_config", "it belongs to Megatron's parallel layers"),
     ("layer_replication", "it repeats decoder layers, so one weight would need several updates"),
 )
@@ -43,6 +45,9 @@ REFUSED_OPTIONS = (
 
 PLAIN_STARTS = ("gaussian", "orthogonal", "mica", "eva")
 """Starts that leave the base as it is, beside true and false; EVA and MiCA only look at it."""
+
+TRAINING_ONLY = (("monteclora_config", "lora_monteclora_sampler"),)
+"""LoRA options that draw at random while training and do nothing afterwards, and their tensors."""
 
 BASE_INITS = (
     ("corda", "CorDA took a part out of the base that only its calibration data can find again"),

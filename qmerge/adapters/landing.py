@@ -61,7 +61,7 @@ def land(peft_model: Any, adapter: Adapter) -> Landing:
     wrong = wrong_values(landed, state, path)
     missing = sorted(lost or complete.keys() - landed.keys())
     faults = (
-        *listed(path, [f"{a} = {b}" for a, b in spelling.doubled], DOUBLED),
+        *listed(path, contradictions(spelling, tensors), DOUBLED),
         *listed(path, sorted(final.keys() - state.keys()), LEFT_OVER),
         *listed(path, missing, MISSING),
         *wrong,
@@ -77,7 +77,7 @@ def land(peft_model: Any, adapter: Adapter) -> Landing:
     )
 
 
-DOUBLED = ("names the same weight twice", PARTIAL_HINT)
+DOUBLED = ("has two values of the same weight", PARTIAL_HINT)
 LEFT_OVER = ("holds tensors that have no place in this model", OTHER_MODEL_HINT)
 MISSING = ("lacks tensors that this model needs", PARTIAL_HINT)
 MISSHAPEN = ("holds tensors of another shape than this model's", OTHER_MODEL_HINT)
@@ -94,6 +94,11 @@ def listed(path: str, names: Iterable[str], kind: tuple[str, str]) -> list[Fault
     text = ", ".join(name.removeprefix(ROOT) for name in shown[:NAMED_AT_ONCE])
     rest = f" and {len(shown) - NAMED_AT_ONCE} more" if len(shown) > NAMED_AT_ONCE else ""
     return [Fault(where=path, message=f"{kind[0]}: {text}{rest}", hint=kind[1])]
+
+
+def contradictions(spelling: Spelling, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Pairs of names for the same weight with different values; PEFT saves some weights twice."""
+    return [f"{a} = {b}" for a, b in spelling.doubled if not torch.equal(tensors[a], tensors[b])]
 
 
 def _expected(peft_model: Any) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qmerge.adapters import unit
-from qmerge.adapters.landing import DOUBLED, LEFT_OVER, listed, wrong_values
+from qmerge.adapters.landing import DOUBLED, LEFT_OVER, contradictions, listed, wrong_values
 from qmerge.adapters.source import read_tensors
 from qmerge.adapters.spelling import understand
 from qmerge.errors import AdapterError, Fault
@@ -39,6 +39,10 @@ class Overlay:
     model: Any = field(repr=False)
     values: Mapping[str, torch.Tensor] = field(repr=False)
     """By plain parameter name."""
+
+    def supplies(self, parameter: str, start: int) -> bool:
+        """Whether it brings every row of a parameter from `start` on."""
+        return parameter in self.values
 
     def live(self, path: str) -> nn.Module:
         """A copy of the submodule at a plain path, on meta."""
@@ -72,7 +76,9 @@ def overlay(model: Any, file: Path) -> Overlay:
     landed = {name: tensor for name, tensor in named.items() if name in places}
     where = str(file)
     faults = (
-        *listed(where, [f"{a} = {b}" for a, b in spelling.doubled], DOUBLED),
+        *listed(
+            where, contradictions(spelling, {n: tensors[own] for n, own in found.items()}), DOUBLED
+        ),
         *listed(where, sorted(named.keys() - places.keys()), LEFT_OVER),
         *wrong_values(landed, places, where),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from qmerge.adapters.kinds import (
     BOUND_KINDS,
     QUANTIZED_INIT,
     SPLIT_INITS,
+    TRAINING_ONLY,
     base_init,
     refusal,
 )
@@ -29,6 +31,12 @@ CONFIG_NAME = "adapter_config.json"
 SAFE_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 RETRY_HINT = "copy the adapter again from where training saved it, as safetensors where you can"
+OF_THE_TRAINER = re.compile(
+    r"adapter_model\..*|optimizer.*|scheduler.*|scaler.*|rng_state.*|random_states.*|training_args.*"
+    r"|sampler.*|dataloader.*|reference_adapter.*|value_head.*|v_head.*"
+)
+"""Files beside an adapter that hold no weights of a language model."""
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 NAMES_OF_MODULES = ("target_modules", "target_parameters", "modules_to_save")
 SHOWN_OPTIONS = (
@@ -81,12 +89,25 @@ class Adapter:
         return self.config.get("revision") or None
 
     def base_mismatch(self, *folders: Path) -> str | None:
-        """What to warn of where none of `folders` is named like the base it was trained on."""
+        """What to warn of where none of `folders` is the base it was trained on, by name and, for
+        a folder in the hub's cache, by revision."""
         name = (self.base_name or "").rstrip("/").rpartition("/")[2]
-        if not name or name in {folder.resolve().name for folder in folders}:
+        if not name:
             return None
         revision = f" at revision {self.base_revision}" if self.base_revision else ""
-        return f"{self.path / CONFIG_NAME} names the base {self.base_name}{revision}"
+        said = f"{self.path / CONFIG_NAME} names the base {self.base_name}{revision}"
+        commits = [commit for folder, commit in map(_identity, folders) if folder == name]
+        if not commits or (_is_commit(self.base_revision) and self.base_revision not in commits):
+            return said if not any(commits) else f"{said}, and this is {commits[0]}"
+        return f"{said}: check that this is it" if revision and not any(commits) else None
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Files of weights in its folder that are not the adapter's, and nobody reads."""
+        if self.held is not None:
+            return ()
+        files = (p.name for p in self.path.iterdir() if p.suffix in WEIGHT_FILES and p.is_file())
+        return tuple(sorted(name for name in files if not OF_THE_TRAINER.fullmatch(name)))
 
     @property
     def base_reason(self) -> str | None:
@@ -113,8 +134,16 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """Rows of a whole embedding or head that the adapter brings, or None where it has none."""
-        whole = (t.shape[0] for name, t in self.tensors.items() if _is_embedding(name))
-        return max(whole, default=None)
+        return rows_of_vocabulary(self.tensors)
+
+    @property
+    def last_token(self) -> int:
+        """The highest token whose row was trained by itself, -1 where none was."""
+        trained = self.config.get("trainable_token_indices") or []
+        if self.kind == "TRAINABLE_TOKENS":
+            trained = self.config.get("token_indices") or []
+        lists = trained.values() if isinstance(trained, dict) else [trained]
+        return max((int(token) for tokens in lists for token in tokens), default=-1)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -142,7 +171,8 @@ class Adapter:
         """All tensors in their stored dtype, backed by the mapped file where it is safetensors."""
         if self.held is not None:
             return dict(self.held)
-        return read_tensors(weights_file(self.path))
+        found = read_tensors(weights_file(self.path))
+        return {name: found[name] for name in self.tensors}
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -157,11 +187,16 @@ def open_adapter(path: str | Path) -> Adapter:
     notes: tuple[str, ...] = ()
     if reason is None:
         _, notes = _peft_config(config, folder)
+    tensors = read_headers(weights_file(folder))
+    for option, infix in TRAINING_ONLY:
+        if config.pop(option, None):
+            tensors = {name: t for name, t in tensors.items() if infix not in name.split(".")}
+            notes += (f"{option}: it draws at random in training and is plain LoRA afterwards",)
     return Adapter(
         path=folder,
         kind=str(config["peft_type"]),
         config=config,
-        tensors=_headers(weights_file(folder)),
+        tensors=tensors,
         refusal=reason,
         notes=notes,
     )
@@ -178,13 +213,7 @@ def weights_file(folder: Path) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     if not file.is_file():
-        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = (
-            f"give one of its folders: {', '.join(inner)}"
-            if inner
-            else "give the folder that PEFT saved"
-        )
-        raise AdapterError(f"{folder}: no {CONFIG_NAME}", hint=hint)
+        raise AdapterError(f"{folder}: no {CONFIG_NAME}", hint=_where_else(folder))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -196,6 +225,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(names, str) and not _is_names(names):
             raise AdapterError(f"{file}: {key} is neither a name nor a list", hint=RETRY_HINT)
     return config
+
+
+def _where_else(folder: Path) -> str:
+    """What to give instead of a folder that holds no adapter."""
+    configs = [*folder.glob(f"*/{CONFIG_NAME}"), *folder.glob(f"*/*/{CONFIG_NAME}")]
+    inner = sorted((str(config.parent.relative_to(folder)) for config in configs), key=_by_number)
+    if inner:
+        return f"give one of its folders: {', '.join(inner)}"
+    if (folder / "config.json").is_file():
+        return "this is a whole model, not an adapter: `qmerge quantize` takes it"
+    return "give the folder that PEFT saved"
+
+
+def _by_number(name: str) -> tuple[str | int, ...]:
+    """checkpoint-500 before checkpoint-1000."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+
+
+def _identity(folder: Path) -> tuple[str, str | None]:
+    """A base's name, and its commit where the folder is one of the hub's cache."""
+    where = folder.resolve()
+    if where.parent.name == "snapshots":
+        return where.parent.parent.name.rpartition("--")[2], where.name
+    return where.name, None
+
+
+def _is_commit(revision: str | None) -> bool:
+    return bool(revision and re.fullmatch(r"[0-9a-f]{40}", revision))
 
 
 def _is_names(value: object) -> bool:
@@ -226,7 +283,17 @@ def _peft_config(config: Mapping[str, Any], path: Path) -> tuple[Any, tuple[str,
     return made, tuple(dict.fromkeys(str(warning.message) for warning in caught))
 
 
-def _headers(file: Path) -> dict[str, TensorInfo]:
+def rows_of_vocabulary(tensors: Mapping[str, TensorInfo]) -> int | None:
+    """Rows of the whole embeddings and heads among `tensors`, or None where there are none."""
+    whole = (t.shape[0] for name, t in tensors.items() if t.shape and _is_embedding(name))
+    return max(whole, default=None)
+
+
+def read_headers(file: Path) -> dict[str, TensorInfo]:
+    """Names and shapes in a safetensors file or a pickle; errors as `read_tensors`."""
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise AdapterError(f"{file}: {what}", hint="give the file that training saved")
     with _as_adapter_error():
         found = read_header(file) if _is_safe(file) else PickledFile(file).header()
     if not found:
@@ -235,20 +302,21 @@ def _headers(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Named tensors of a safetensors file or a pickle, mapped rather than read.
+    """Named tensors of a safetensors file or a pickle, mapped rather than read; float8, which torch
+    can hardly compute with, as float32.
 
     Raises AdapterError for a file that is missing, damaged, or could run code.
     """
     from safetensors.torch import load_file
 
-    if not file.is_file():
-        raise AdapterError(f"{file}: no such file", hint="give the file that training saved")
+    header = read_headers(file)
     with _as_adapter_error():
-        if _is_safe(file):
-            read_header(file)
-            return dict(load_file(file))
-        pickled = PickledFile(file)
-        return {name: pickled.get_tensor(name) for name in pickled.header()}
+        pickled = None if _is_safe(file) else PickledFile(file)
+        found = load_file(file) if pickled is None else {n: pickled.get_tensor(n) for n in header}
+    return {
+        name: t.float() if t.is_floating_point() and t.itemsize == 1 else t
+        for name, t in found.items()
+    }
 
 
 def _is_safe(file: Path) -> bool:

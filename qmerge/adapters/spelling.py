@@ -2,8 +2,8 @@
 
 Two names are the same where they agree after the segments that only wrappers put in are left out:
 FSDP and DeepSpeed (`module.`), `torch.compile` (`_orig_mod.`), PEFT itself (`base_model.model.`,
-the adapter's name), and the language model inside a vision-language model, which moved between
-`language_model.model.` and `model.language_model.` with transformers' generations.
+the adapter's name), and the language model inside a model of several kinds of input, which moved
+between `language_model.model.` and `model.language_model.` with transformers' generations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 WRAPPERS = frozenset(
     (
         "_checkpoint_wrapped_module",
+        "_forward_module",
         "_fsdp_wrapped_module",
         "_orig_mod",
         "base_model",
@@ -22,6 +23,7 @@ WRAPPERS = frozenset(
         "model",
         "module",
         "modules_to_save",
+        "thinker",
     )
 )
 BASE_COPY = "original_module"

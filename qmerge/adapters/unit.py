@@ -144,6 +144,15 @@ def changed_parameters(module: nn.Module) -> set[str]:
     return parameters if parameters and parameters <= names else names
 
 
+def brings_rows(module: nn.Module, name: str, start: int) -> bool:
+    """Whether an adapted module has its own values for the rows of a parameter from `start` on."""
+    rows = next((s.parameter.shape[0] for s in base_slots(module) if s.name == name), start)
+    trained = getattr(getattr(module, "token_adapter", module), "token_indices", None)
+    if trained is None:
+        return is_wrapper(module)
+    return set(range(start, rows)) <= set(trained[ADAPTER])
+
+
 def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds `path`, and the attribute; the root itself must be a `Held`."""
     local = join(HELD, path) if isinstance(root, Held) else path

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
 
 from qmerge.cli.options import Flag
 from qmerge.cli.progress import display
+from qmerge.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 Dtype = Literal["float32", "bfloat16", "float16"] | None
@@ -26,26 +26,14 @@ def dtype_option(command: F) -> F:
     )(command)
 
 
-def remote_code_option(command: F) -> F:
-    """--trust-remote-code, as in every command that builds a model."""
-    return click.option(
-        "--trust-remote-code",
-        cls=Flag,
-        is_flag=True,
-        help="Run model code that comes with the checkpoint.  [default: off]",
-    )(command)
-
-
-def write_dense(
-    base: Path, adapter: Path | None, out: Path, dtype: Dtype, trust: bool, as_json: bool
-) -> None:
+def write_dense(recipe: Recipe, dtype: Dtype, as_json: bool) -> None:
     """Export with progress on stderr, and say on stdout what was written."""
     with display() as progress:
         from qmerge.export import export
 
-        written = export(
-            base, out, adapter=adapter, dtype=dtype, trust_remote_code=trust, progress=progress
-        )
+        written = export(recipe, dtype=dtype, progress=progress)
+        for note in written["notes"]:
+            progress.warn(note)
     if as_json:
         click.echo(json.dumps(written, indent=2))
         return

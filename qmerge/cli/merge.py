@@ -1,4 +1,4 @@
-"""qmerge merge: a base with its adapter merged, as a dense checkpoint."""
+"""qmerge merge: a base with its adapters merged, as a dense checkpoint."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.export import Dtype, dtype_option, remote_code_option, write_dense
-from qmerge.cli.options import Command, json_option
+from qmerge.cli.export import Dtype, dtype_option, write_dense
+from qmerge.cli.options import MERGING, Command, json_option, recipe_options
+from qmerge.errors import RecipeError
+from qmerge.options import build
+from qmerge.recipe import Recipe
 
 
 @click.command("merge", cls=Command)
 @click.argument("base", type=click.Path(path_type=Path))
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", nargs=-1, metavar="ADAPTER[@WEIGHT]...")
 @click.argument("out", type=click.Path(path_type=Path))
 @dtype_option
-@remote_code_option
+@recipe_options(Recipe, only=(*MERGING, "seed", "trust_remote_code"))
 @json_option
 def command(
-    base: Path, adapter: Path, out: Path, dtype: Dtype, trust_remote_code: bool, as_json: bool
+    base: Path, adapter: tuple[str, ...], out: Path, dtype: Dtype, as_json: bool, **flags: object
 ) -> None:
-    """Merge an adapter into a base, dense.
+    """Merge adapters into a base, dense.
 
-    ADAPTER is merged into the decoded BASE in float32, and the result is written to OUT: what to
-    go on training from, or to quantize with something else.
+    Each ADAPTER is merged into the decoded BASE in float32, on the result of the one before, and
+    the result is written to OUT: what to go on training from, or to quantize with something else.
     """
-    write_dense(base, adapter, out, dtype, trust_remote_code, as_json)
+    asked = build(Recipe, {**flags, "base": base, "adapter": adapter, "out": out})
+    if not asked.adapter and asked.partial_state is None:
+        raise RecipeError("missing: ADAPTER", hint="`qmerge dequantize` is for a base without one")
+    write_dense(asked, dtype, as_json)

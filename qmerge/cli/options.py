@@ -12,6 +12,8 @@ from qmerge.options import NBYTES, SECTIONS, SWITCH, Option, options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MERGING = ("base_quant", "combine", "density", "only", "exclude", "partial_state", "allow_noop")
+"""What a recipe says of a merge beside the folders."""
 OTHER = "Other"  # the section of what belongs to the command and not to the recipe
 
 
@@ -38,12 +40,14 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-def recipe_options(recipe: type[Any], *, without: Container[str] = ()) -> Callable[[F], F]:
+def recipe_options(
+    recipe: type[Any], *, without: Container[str] = (), only: Container[str] | None = None
+) -> Callable[[F], F]:
     """One flag per field of the recipe class; a flag that was not given is passed as None."""
 
     def wrap(command: F) -> F:
         for each in reversed(options(recipe)):
-            if each.name not in without:
+            if each.name not in without and (only is None or each.name in only):
                 command = _flag(each)(command)
         return command
 

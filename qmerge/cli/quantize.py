@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.options import Command, json_option, recipe_options
+from qmerge.cli.options import MERGING, Command, json_option, recipe_options
 from qmerge.cli.outputs import ci_options, finish, log_option
 from qmerge.cli.progress import display
 from qmerge.options import build
 from qmerge.recipe import Recipe
 
-GIVEN = ("base", "adapter", "out", "original", "strategy")
+GIVEN = ("base", "adapter", "out", "original", "strategy", "force")
 
 
 @click.command("quantize", cls=Command)
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@recipe_options(Recipe, without=GIVEN)
+@recipe_options(Recipe, without=(*GIVEN, *MERGING))
 @log_option
 @ci_options
 @json_option

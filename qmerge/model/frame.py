@@ -31,6 +31,7 @@ from qmerge.model.layer import (
     window_axes,
 )
 from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
+from qmerge.names import module_of
 
 Inputs = Mapping[str, torch.Tensor]
 """What a model takes beside its tokens, by name; joined over windows along the first axis."""
@@ -44,6 +45,7 @@ class OuterWeights(Protocol):
     def tensor(self, name: str) -> torch.Tensor: ...
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
     def row_count(self, name: str) -> int: ...
+    def holds(self, name: str) -> bool: ...
 
 
 class Frame:
@@ -63,7 +65,8 @@ class Frame:
         embedding = _weight_name(self._model, self._embedding)
         self._embedding_name = aliases.get(embedding, embedding)
         head = _weight_name(self._model, self._head)
-        self._head_name = aliases.get(head, head)
+        self._head_name = head if weights.holds(head) else aliases.get(head, head)
+        self.embedding_path, self.head_path = module_of(embedding), module_of(head)
         self._tower = skeleton.tower()
         large = {embedding, head, *aliases, *self._tower}
         inside = f"{skeleton.layers_path}."
@@ -372,3 +375,6 @@ class _StateWeights:
 
     def row_count(self, name: str) -> int:
         return self._state[name].shape[0]
+
+    def holds(self, name: str) -> bool:
+        return name in self._state

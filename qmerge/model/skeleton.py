@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Skeleton:
     model: Any
     layers_path: str
     layer_count: int
+    restated: Mapping[str, Any] = field(default_factory=dict)
+    """What its configuration says otherwise than the checkpoint's own."""
 
     def layer_path(self, index: int) -> str:
         return f"{self.layers_path}.{index}"

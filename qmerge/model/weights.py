@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qmerge.formats.base import Format, IntegerWeight
+from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.names import NameMap, Unit, under
 from qmerge.storage.checkpoint import Checkpoint
 
@@ -23,31 +24,43 @@ ALIGNED = 64
 class Weights:
     """A checkpoint seen through the model's parameter names.
 
-    `changed` holds tensors that replace stored ones (merged embeddings, say).
+    `changed` holds tensors that replace stored ones (merged embeddings, say), `resized` the rows
+    of those with another vocabulary than the stored one: cut, or filled up with the mean row.
     """
 
     format: Format
     names: NameMap
     checkpoint: Checkpoint
     changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    resized: Mapping[str, int] = field(default_factory=dict)
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
         if parameter in self.changed:
             return self.changed[parameter]
-        return self.format.dense(self.names.stored[parameter])
+        return self._fitted(parameter, self.format.dense(self.names.stored[parameter]))
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of one parameter as float32, without decoding the rest."""
         if parameter in self.changed:
             return self.changed[parameter][start:stop]
-        return self.format.rows(self.names.stored[parameter], start, stop)
+        stored = self.names.stored[parameter]
+        known = self._known(parameter)
+        if stop <= known:
+            return self.format.rows(stored, start, stop)
+        past = self._mean(parameter, stop - max(start, known))
+        if start >= known:
+            return past
+        return torch.cat([self.format.rows(stored, start, known), past])
 
     def pieces(self, parameter: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A parameter in `dtype`, some rows at a time, so that memory is used again and again."""
         name, shape = self.names.stored[parameter], self.shape(parameter)
         width = max(1, math.prod(shape[1:]))
         step = max(ALIGNED, PIECE // width // ALIGNED * ALIGNED)
+        if parameter in self.resized:
+            yield self._fitted(parameter, self.format.dense(name, dtype))
+            return
         if not shape or shape[0] <= step:
             yield self.format.dense(name, dtype)
             return
@@ -57,7 +70,10 @@ class Weights:
     def row_count(self, parameter: str) -> int:
         if parameter in self.changed:
             return self.changed[parameter].shape[0]
-        return self.format.weights[self.names.stored[parameter]].shape[0]
+        return self.shape(parameter)[0]
+
+    def holds(self, parameter: str) -> bool:
+        return parameter in self.names.stored
 
     def unit(self, unit: Unit) -> dict[str, torch.Tensor]:
         """All parameters of one unit, by name relative to its path."""
@@ -66,7 +82,9 @@ class Weights:
     def as_stored(self, parameter: str) -> torch.Tensor | None:
         """A parameter in its stored dtype, or None where it is stored quantized."""
         stored = self.format.weights[self.names.stored[parameter]]
-        return None if stored.quantized else self.checkpoint.read(stored.sources[0])
+        if stored.quantized:
+            return None
+        return self._fitted(parameter, self.checkpoint.read(stored.sources[0]))
 
     def integer(self, parameter: str) -> IntegerWeight | None:
         """The parameter on the integer grid it is stored on, if it is on one."""
@@ -77,7 +95,8 @@ class Weights:
         return self.format.weights[self.names.stored[parameter]].quantized
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        return tuple(self.format.weights[self.names.stored[parameter]].shape)
+        stored = tuple(self.format.weights[self.names.stored[parameter]].shape)
+        return (self.resized.get(parameter, stored[0]), *stored[1:]) if stored else stored
 
     def stored_bytes(self, parameter: str) -> int:
         """Bytes that the parameter takes in this checkpoint, whatever form it has there."""
@@ -93,6 +112,30 @@ class Weights:
 
     def dense_bytes(self, parameter: str) -> int:
         return torch.Size(self.shape(parameter)).numel() * self.dense_dtype(parameter).itemsize
+
+    def _known(self, parameter: str) -> int:
+        """Rows that are stored."""
+        return int(self.format.weights[self.names.stored[parameter]].shape[0])
+
+    def _fitted(self, parameter: str, stored: torch.Tensor) -> torch.Tensor:
+        if parameter not in self.resized:
+            return stored
+        missing = self.resized[parameter] - stored.shape[0]
+        if missing <= 0:
+            return stored[: self.resized[parameter]]
+        return torch.cat([stored, self._mean(parameter, missing).to(stored.dtype)])
+
+    def _mean(self, parameter: str, rows: int) -> torch.Tensor:
+        """The mean of the stored rows as so many rows, read in slices."""
+        name, known = self.names.stored[parameter], self._known(parameter)
+        slices = (
+            self.format.rows(name, start, min(start + ROWS_AT_ONCE, known)).sum(
+                0, dtype=torch.float64
+            )
+            for start in range(0, known, ROWS_AT_ONCE)
+        )
+        mean = torch.stack([*slices]).sum(0) / known
+        return mean.float().expand(rows, *mean.shape)
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -15,6 +15,7 @@ from qmerge.report.words import (
     gate_lines,
     heading,
     legend,
+    merge_lines,
     pieces_of,
     previous_lines,
     printable,
@@ -67,7 +68,8 @@ def summary(result: RunResult) -> str:
         blocks.append(f"Original: {escape(ratio)}.")
     if result.strategy is not None:
         blocks.append(f"Strategy: {escape(result.strategy.chosen)}, {escape(result.strategy.why)}")
-    lines = [*(f"Gate: {line}" for line in gate_lines(result)), *previous_lines(result)]
+    lines = [f"Gate: {line}" for line in gate_lines(result)]
+    lines += [*previous_lines(result), *merge_lines(result)]
     if lines:
         blocks.append("\n".join(f"- {escape(line)}" for line in lines))
     return "\n\n".join(blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmerge.report.words import size
+from qmerge.report.words import size, some
 from qmerge.results import PlannedUnit, PlanSummary
 
 HEAD = ("unit", "quantized", "dense", "adapted", "in", "out")
@@ -25,6 +25,11 @@ def render(plan: PlanSummary) -> str:
     lines += [f"{'text':<12}{corpus}" for corpus in plan.corpora]
     if plan.units:
         lines += ["", *_table(plan.units), "", *_needs(plan)]
+    if plan.renamed:
+        shown = some(f"{name} -> {target}" for name, target in plan.renamed.items())
+        lines.append(f"note: {len(plan.renamed)} tensors of training are named otherwise: {shown}")
+    if plan.left_out:
+        lines.append(f"note: left as the base has it: {some(plan.left_out)}")
     lines += [f"note: {note}" for note in plan.notes]
     for fault, hint in zip(plan.faults, plan.hints, strict=True):
         lines.append(f"fault: {fault}")

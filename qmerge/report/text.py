@@ -15,6 +15,7 @@ from qmerge.report.words import (
     findings,
     gate_lines,
     heading,
+    merge_lines,
     previous_lines,
     printable,
     rows,
@@ -72,6 +73,7 @@ def _facts(result: RunResult) -> list[str]:
     ratio = error_ratio_phrase(result)
     if ratio:
         facts.append(_wrapped(f"original: {ratio}"))
+    facts.extend(_wrapped(line) for line in merge_lines(result))
     if result.strategy is not None:
         facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
     facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))

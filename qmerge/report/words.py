@@ -35,6 +35,8 @@ SMALLEST_GAIN = 0.02
 LOUD = 12.0
 # It also has to be this share of the output's power: what is less is heard nowhere.
 HEARD = 0.01
+# Names in a line before it says how many more there are.
+NAMED = 6
 # merged and trained are one model under `dequantize`, up to rounding in the forward pass.
 EQUAL_KL = 1e-5
 
@@ -395,6 +397,27 @@ def error_ratio_phrase(result: RunResult) -> str:
     (least, first), (most, last) = min(found), max(found)
     span = f", by layer {least:.3g} ({first}) to {most:.3g} ({last})" if len(found) > 1 else ""
     return f"the base's quantization error is {whole:.3g} of the adapter's effect{span}"
+
+
+def merge_lines(result: RunResult) -> list[str]:
+    """How near the merge came to the live adapter, and what was not merged."""
+    lines = []
+    if result.merge is not None:
+        found = result.merge
+        lines.append(
+            f"merge: within {found.worst:.1e} of the live adapter in every layer"
+            f" (farthest: {found.where}), {found.dtype} rounds by {found.rounding:.1e}"
+        )
+    if result.left_out:
+        lines.append(f"left as the base has it: {some(result.left_out)}")
+    return lines
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    shown = list(names)
+    rest = len(shown) - NAMED
+    return ", ".join(shown[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def linears(result: RunResult) -> Iterator[LinearResult]:

@@ -61,6 +61,12 @@ def advance(
     return distance, norm
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative root mean square distance."""
+    far, size = (found - expected).double().square().sum(), expected.double().square().sum()
+    return float((far / size.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+
 ReadWindows = Callable[[str, str, int, int], Hidden]
 """Last hidden states of an arm on a corpus, windows [start, stop)."""
 

@@ -15,7 +15,7 @@ from qmerge.adapters import Change
 from qmerge.model.layer import fill
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
-from qmerge.names import Unit, module_of, under
+from qmerge.names import Unit, join, module_of, under
 
 
 def live_layer(
@@ -58,6 +58,16 @@ def merge_outer(
         merged = change.merge(live)
         changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
     return changed
+
+
+def live_outer(skeleton: Skeleton, change: Change, path: str, source: Weights) -> nn.Module:
+    """An embedding or a head as training saw it, with the adapter running on top."""
+    aliases = skeleton.tied()
+    live = change.live(path)
+    names = [name for name, _ in skeleton.model.get_submodule(path).named_parameters()]
+    full = {name: join(path, name) for name in names}
+    change.fill(live, {name: source.tensor(aliases.get(at, at)) for name, at in full.items()})
+    return live
 
 
 def outer_weights(change: Change | None, units: Iterable[Unit], source: Weights) -> Weights:

@@ -102,11 +102,13 @@ ROOT = "base_model.model."
 SPELLINGS = {
     "fsdp": lambda n: n.replace("layers.", "layers._fsdp_wrapped_module."),
     "deepspeed": lambda n: f"module.{n}",
+    "fabric": lambda n: f"_forward_module.{n}",
     "compiled": lambda n: n.replace(ROOT, f"{ROOT}_orig_mod."),
     "bare": lambda n: n.removeprefix(ROOT),
     "adapter named": lambda n: n.replace(".weight", ".default.weight"),
     "vision language": lambda n: n.replace(f"{ROOT}model.", f"{ROOT}model.language_model."),
     "older vision language": lambda n: n.replace(f"{ROOT}model.", f"{ROOT}language_model.model."),
+    "omni": lambda n: n.replace(f"{ROOT}model.", f"{ROOT}thinker.model."),
     "checkpointed": lambda n: n.replace("self_attn.", "self_attn._checkpoint_wrapped_module."),
     "saved whole": lambda n: n.replace("lm_head.weight", "lm_head.modules_to_save.weight"),
     "saved by name": lambda n: n.replace(
@@ -133,8 +135,10 @@ def test_the_same_weight_twice(tmp_path: Path) -> None:
     tensors = dict(load_file(folder / FILE))
     name = next(iter(tensors))
     save_file({**tensors, f"module.{name}": tensors[name].clone()}, folder / FILE)
+    assert tiny.injected(folder).faults == ()
+    save_file({**tensors, f"module.{name}": tensors[name] + 1}, folder / FILE)
     (fault,) = tiny.injected(folder).faults
-    assert fault.message == f"names the same weight twice: {name} = module.{name}".replace(
+    assert fault.message == f"has two values of the same weight: {name} = module.{name}".replace(
         ": " + ROOT, ": "
     )
 

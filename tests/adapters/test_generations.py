@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_pruned_ranks(tmp_path: Path) -> None:
     want = tiny.reference(base, tmp_path)
     injection = tiny.injected(tmp_path)
     assert injection.faults == ()
+    assert not any("rank_pattern" in note for note in injection.notes)
     assert tiny.differing(tiny.merged(injection, base), want) == set()
 
 
@@ -122,3 +124,39 @@ def test_a_real_adapter() -> None:
     assert not injection.unties
     assert tiny.differing(tiny.merged(injection, base), want) == set()
     assert injection.touched == tiny.differing(base.state_dict(), want)
+
+
+def test_targets_of_another_library_generation(tmp_path: Path) -> None:
+    """A pattern over older paths, and ranks by whole older names."""
+    base = tiny.model()
+    options = LoraConfig(
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"q_proj": 3, "model.layers.1.mlp.up_proj": 5},
+        alpha_pattern={"model.layers.1.mlp.up_proj": 2},
+        modules_to_save=["lm_head"],
+    )
+    folder = tiny.train(base, options, tmp_path)
+    want = tiny.reference(base, folder)
+    old = "language_model.model.layers.1.mlp.up_proj"
+    older = {
+        "target_modules": r"^language_model\.model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj$",
+        "rank_pattern": {"q_proj": 3, old: 5},
+        "alpha_pattern": {old: 2},
+    }
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **older}))
+    tensors = {
+        name.replace("model.model.", "model.language_model.model."): tensor
+        for name, tensor in load_file(folder / FILE).items()
+    }
+    save_file(tensors, folder / FILE)
+    injection = tiny.injected(folder)
+    assert injection.faults == ()
+    assert any("another library generation" in note for note in injection.notes)
+    assert tiny.differing(tiny.merged(injection, base), want) == set()
+
+
+def test_a_pattern_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    options = LoraConfig(target_modules=["q_proj"], alpha_pattern={"layers.9.q_proj": 2})
+    injection = tiny.injected(tiny.train(tiny.model(), options, tmp_path))
+    assert any("alpha_pattern 'layers.9.q_proj'" in note for note in injection.notes)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 from qmerge.adapters import inject, open_adapter
 from tests.adapters import tiny
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "float8"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": "all-linear"},
     "rslora": {"target_modules": ALL, "use_rslora": True, "r": 4, "lora_alpha": 7},
@@ -27,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "regex": {"target_modules": r".*\.0\.mlp\.(up|down)_proj"},
     "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0.*"},
     "bf16 adapter": {"target_modules": ["q_proj"], "lora_dropout": 0.3},
+    "float8 adapter": {"target_modules": ["q_proj"], "r": 4},
     "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "embedding dora": {"target_modules": ["embed_tokens"], "use_dora": True},
@@ -38,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     "mica": {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
     "kasa": {"target_modules": ["q_proj"], "kasa_config": KasaConfig()},
+    "monteclora": {
+        "target_modules": ["q_proj"],
+        "monteclora_config": MontecloraConfig(buffer_size=2),
+    },
     "velora": {"target_modules": ["q_proj"], "velora_config": VeloraConfig()},
     "bdlora": {
         "target_modules": ["q_proj", "up_proj"],
@@ -59,8 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_lora_equals_merge_and_unload(variant: str, tmp_path: Path) -> None:
     base = tiny.model()
     folder = tiny.train(base, LoraConfig(**VARIANTS[variant]), tmp_path)
-    if variant == "bf16 adapter":
-        _to_bf16(folder)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        if variant == f"{NAMES[dtype]} adapter":
+            _to(folder, dtype)
     want = tiny.reference(base, folder)
     injection = tiny.injected(folder)
     assert injection.faults == ()
@@ -68,11 +75,11 @@ def test_lora_equals_merge_and_unload(variant: str, tmp_path: Path) -> None:
     assert injection.touched == tiny.differing(base.state_dict(), want)
 
 
-def _to_bf16(folder: Path) -> None:
+def _to(folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     file = folder / "adapter_model.safetensors"
-    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
+    save_file({name: t.to(dtype) for name, t in load_file(file).items()}, file)
 
 
 GPT2: dict[str, dict[str, Any]] = {

@@ -228,6 +228,34 @@ def test_partial_state(form: str, tmp_path: Path) -> None:
     assert tiny.differing(tiny.merged(made, base), {**base.state_dict(), **new}) == set()
 
 
+@pytest.mark.parametrize("generation", ["language_model.model.", "model."])
+def test_partial_state_of_a_vision_language_model(generation: str, tmp_path: Path) -> None:
+    """Merger, last layer and head, named as older libraries and PEFT named them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(tiny.vision_language())
+    names = {
+        "visual.merger.mlp.0.weight": "model.visual.merger.mlp.0.weight",
+        f"{generation}layers.1.mlp.up_proj.weight": (
+            "model.language_model.layers.1.mlp.up_proj.weight"
+        ),
+        f"{generation}norm.weight": "model.language_model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    places = dict(model.named_parameters())
+    new = {f"base_model.model.{old}": torch.randn(places[n].shape) for old, n in names.items()}
+    torch.save(new, tmp_path / "non_lora_state_dict.bin")
+    made = overlay(model, tmp_path / "non_lora_state_dict.bin")
+    assert made.faults == ()
+    assert made.touched == set(names.values())
+    assert all(
+        torch.equal(made.values[name], new[f"base_model.model.{old}"])
+        for old, name in names.items()
+    )
+
+
 def test_partial_state_under_an_adapter(tmp_path: Path) -> None:
     base = tiny.model()
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -260,7 +288,7 @@ def test_partial_state_of_a_tied_model(tmp_path: Path) -> None:
         ({"model.visual.x.weight": torch.ones(2)}, "no place in this model: model.visual.x.weight"),
         ({"model.norm.weight": torch.ones(7)}, "model.norm.weight is [7], the model has [32]"),
         ({"model.norm.weight": torch.full((32,), torch.nan)}, "not finite"),
-        ({"norm.weight": torch.ones(32), "model.norm.weight": torch.ones(32)}, "twice"),
+        ({"norm.weight": torch.ones(32), "model.norm.weight": torch.zeros(32)}, "two values"),
     ],
 )
 def test_partial_state_faults(tensors: Tensors, message: str, tmp_path: Path) -> None:

@@ -58,6 +58,21 @@ def config(kind: str = "qwen3", **options: Any) -> Any:
     return AutoConfig.for_model(kind, **{**SIZES[kind], **options})
 
 
+def vision_language() -> Any:
+    """A Qwen2.5-VL with two layers in both of its halves."""
+    text: dict[str, Any] = {**SIZES["qwen3"], "tie_word_embeddings": False}
+    text.pop("head_dim")
+    sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text |= {"rope_parameters": sections, "bos_token_id": None, "eos_token_id": None}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    return AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config=text,
+        vision_config={**vision, "out_hidden_size": 32},
+        tie_word_embeddings=False,
+    )
+
+
 @functools.cache
 def model(kind: str = "qwen3", **options: Any) -> Any:
     """The same random weights for the same arguments; not to be changed."""

@@ -112,6 +112,11 @@ def test_evaluate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "table as text\n"
 
 
+def test_quantize(calls: Calls) -> None:
+    assert cli.status(["quantize", "dense", "o", "--bits", "3"]) == 0
+    assert calls.recipe == Recipe(base=Path("dense"), out=Path("o"), bits=3)
+
+
 def test_limits_are_kept_against_another_checkpoint() -> None:
     asked = EvaluateRecipe(models=("b", "a"), reference="b", max_kl=0.1)
     assert asked.faults() == ()

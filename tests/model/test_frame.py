@@ -72,6 +72,9 @@ class State:
     def row_count(self, name: str) -> int:
         return len(self.state[name])
 
+    def holds(self, name: str) -> bool:
+        return name in self.state
+
 
 def layer_weights(model: Any, path: str) -> dict[str, torch.Tensor]:
     return model.get_submodule(path).state_dict()
