@@ -91,7 +91,11 @@ def check_tokens(tokenizer: Any, home: Path, base: Path, rows: int, *, trust: bo
     if not beyond or home == base:
         return
     known = load_tokenizer(base, trust_remote_code=trust).get_vocab()
-    added = [token for token, number in beyond.items() if known.get(token) != number]
+    added = [
+        token
+        for token in sorted(beyond, key=beyond.__getitem__)
+        if known.get(token) != beyond[token]
+    ]
     if added:
         more = f" and {len(added) - 1} more" if len(added) > 1 else ""
         raise CorpusError(
