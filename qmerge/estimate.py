@@ -1,14 +1,34 @@
-"""What a job takes: bytes in and out, memory and disk, from shapes alone."""
+"""What a job takes: bytes in and out, memory and disk from shapes alone, and time from counts of
+the work and how fast this machine is at it.
+
+O, I: out and in features; H: hidden width.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
-from qmerge.job import Job, arm_names
+from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.names import WEIGHT, Unit, module_of
 from qmerge.recipe import Recipe
 from qmerge.results import PlannedUnit, PlanSummary
+from qmerge.texts import LENS_TOKENS, LOGIT_BYTES
+
+PAPERS_BYTES = 300 << 10
+"""Journal, card and report of a release: a small model's with two corpora."""
+PAPERS_SECONDS = 3.0
+"""Digests of small files, the report's plots and the last rename, on one core of 2023."""
+DECODING = 0.5
+"""Decoding and merging a weight, against what rounding one takes beside products."""
 
 
 def token_bytes(skeleton: Skeleton) -> int:
@@ -73,7 +93,10 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         bytes_in=sum(unit.bytes_in for unit in units),
         bytes_out=out_bytes,
         disk_bytes=disk_bytes(job),
-        memory_bytes=_memory_bytes(job),
+        memory_bytes=memory_bytes(job),
+        device_bytes=memory_bytes(job) if job.device.type != "cpu" else 0,
+        device=str(job.device),
+        seconds=seconds(job),
         notes=job.notes,
         renamed=dict(job.change.renamed) if job.change is not None else {},
         left_out=job.change.left_out if job.change is not None else (),
@@ -113,20 +136,139 @@ def _planned(job: Job, unit: Unit) -> PlannedUnit:
 def disk_bytes(job: Job) -> int:
     """What a run needs beside its inputs: the releases in the making and the hidden states."""
     units = job.skeleton.units()
-    return sum(_planned(job, u).bytes_out for u in units) * len(job.strategies) + _stream_bytes(job)
+    beside = sum(file.stat().st_size for file in job.base.checkpoint.side_files()) + PAPERS_BYTES
+    weights = sum(_planned(job, unit).bytes_out for unit in units)
+    return weights * len(job.strategies) + beside + 2 * 4 * _width(job) * sum(_stream_tokens(job))
 
 
-def _stream_bytes(job: Job) -> int:
-    """Two generations of hidden states: arms on evaluation text, releases on calibration text."""
-    hidden = int(text_config(job.skeleton.model.config).hidden_size)
-    evaluated = sum(corpus.tokens.numel() for corpus in job.evaluation) * len(arm_names(job))
-    calibrated = job.settings.streams * job.calibration.tokens.numel() * len(job.strategies)
-    return 2 * 4 * hidden * (evaluated + calibrated)
+def _stream_tokens(job: Job) -> tuple[int, int]:
+    """Tokens whose hidden states are kept: of arms on evaluation text, of releases and what they
+    aim at on calibration text. On disk there are two generations of them."""
+    evaluated = 0
+    for corpus in job.evaluation:
+        windows, length = corpus.tokens.shape
+        evaluated += length * (windows * len(arm_names(job)) + min(windows, NOISE_WINDOWS))
+    calibrated = job.settings.streams * job.calibration.tokens.numel()
+    return evaluated, calibrated * len(job.strategies)
 
 
-def _memory_bytes(job: Job) -> int:
+def memory_bytes(job: Job) -> int:
+    """At the widest point: a layer's weights with the calibration text in it, or the scores."""
     windows, length = job.calibration.tokens.shape
-    working = working_bytes(job.skeleton, job.at_once * length)
-    return working + job.waiting * job.settings.streams * windows * length * waiting_bytes(
-        job.skeleton
-    )
+    layer = working_bytes(job.skeleton, job.at_once * length)
+    waiting = job.settings.streams * windows * length * waiting_bytes(job.skeleton)
+    layer += waiting if job.waiting else 0
+    vocabulary = _vocabulary(job)
+    windows = max(corpus.tokens.shape[0] for corpus in job.evaluation)
+    a_window = 4 * length * min(ROWS_AT_ONCE, vocabulary) * len(arm_names(job))
+    return max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
+
+
+def room_faults(job: Job) -> list[Fault]:
+    """Disk and memory that this machine does not have. What a stopped run left is used again."""
+    faults = []
+    out, needed, memory = job.recipe.out, disk_bytes(job), memory_bytes(job)
+    left, free = _bytes_in(partial(out)), machine.disk_free(out)
+    if free + left < needed:
+        faults.append(
+            Fault(
+                where="--out",
+                message=f"the run needs about {_mib(needed)} of disk, {_mib(free)} are free in"
+                f" {machine.existing(out.absolute().parent)}",
+                hint="free some space, or give an --out on another disk",
+            )
+        )
+    for device in dict.fromkeys((torch.device("cpu"), job.device)):
+        size = machine.memory_size(device)
+        if size < memory:
+            faults.append(
+                Fault(
+                    where="--memory",
+                    message=f"the run needs about {_mib(memory)}, {_owner(device)} {_mib(size)}",
+                    hint="give a smaller --memory, or a smaller --sequence-length",
+                )
+            )
+    return faults
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of a folder's files; another run may be at work in it."""
+    found = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            found += file.lstat().st_size
+    return found
+
+
+def _owner(device: torch.device) -> str:
+    return "this machine has" if device.type == "cpu" else f"{device} has"
+
+
+def _mib(count: int) -> str:
+    return f"{count >> 20} MiB"
+
+
+def seconds(job: Job) -> dict[str, float]:
+    """Seconds of a run by its parts, named as the timings of a report are."""
+    device, layers = job.device, job.skeleton.layer_count
+    forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)
+    written = machine.digest_seconds() + machine.disk_seconds(job.recipe.out)
+    evaluated, calibrated = _stream_tokens(job)
+    spilled = 4 * _width(job) * written
+    logits = sum(c.tokens.numel() for c in job.evaluation) * _vocabulary(job)
+    a_logit = machine.scoring_seconds(device) + _width(job) * machine.product_seconds(device)
+    weights = sum(p.numel() for p in job.skeleton.parameters().values())
+    opened = 1 + (job.original is not None) + (job.previous is not None) + len(job.strategies)
+    a_weight = DECODING * machine.rounding_seconds(device).per_weight
+    out_bytes = sum(_planned(job, unit).bytes_out for unit in job.skeleton.units())
+    looked_at = layers * LENS_TOKENS * _vocabulary(job)
+    return {
+        "dequantize": a_weight * weights * opened,
+        "evaluate": layers * evaluated * (forward + spilled)
+        + len(arm_names(job)) * looked_at * a_logit,
+        "requantize": layers * calibrated * (_passes(job) * forward + spilled) + _solving(job),
+        "score": len(arm_names(job)) * logits * a_logit,
+        "write": out_bytes * len(job.strategies) * written,
+        "report": PAPERS_SECONDS,
+    }
+
+
+def _solving(job: Job) -> float:
+    """Seconds of gathering moments and rounding, all layers and strategies."""
+    product = machine.product_seconds(job.device)
+    rounding = machine.rounding_seconds(job.device)
+    tokens, taken = job.calibration.tokens.numel(), 0.0
+    for rows_O, width_I in _groups(job):
+        # Half of a Hessian's products, and those of what the reference's inputs differ by.
+        moments = width_I**2 * (0.5 + job.settings.asymmetric)
+        if job.settings.asymmetric and rows_O == _width(job):
+            moments += rows_O * width_I  # of the residual stream that it writes to
+        solves = machine.PRODUCTS * rows_O * width_I**2 + width_I**3
+        taken += product * (tokens * moments + solves)
+        taken += width_I * (rounding.per_column + rounding.per_weight * rows_O)
+    return taken * len(job.strategies)
+
+
+def _groups(job: Job) -> list[tuple[int, int]]:
+    """Stacked out features and in features of linears that are quantized together, as far as names
+    tell: those of one module and one width."""
+    linears = job.skeleton.linears()
+    stacked: dict[tuple[str, int], int] = defaultdict(int)
+    for name in job.specs:
+        stacked[module_of(name), linears[name].in_features] += linears[name].out_features
+    return [(rows_O, width_I) for (_, width_I), rows_O in stacked.items()]
+
+
+def _passes(job: Job) -> float:
+    """Forwards of a layer on calibration text: one, and where none may wait about half of one up to
+    each of some four groups of linears."""
+    return 1.0 if job.waiting else 3.0
+
+
+def _vocabulary(job: Job) -> int:
+    """Rows of the output embedding."""
+    return int(job.skeleton.model.get_output_embeddings().weight.shape[0])
+
+
+def _width(job: Job) -> int:
+    return int(text_config(job.skeleton.model.config).hidden_size)

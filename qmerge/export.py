@@ -20,6 +20,7 @@ import torch
 from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.job import Faults
+from qmerge.job import partial as partial_folder
 from qmerge.model.opening import open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
@@ -40,7 +41,6 @@ from qmerge.storage.shards import (
 )
 from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
 from qmerge.tuning import base_notes, open_tuning
-from qmerge.workspace import partial as partial_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

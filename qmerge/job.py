@@ -19,6 +19,9 @@ from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
 from qmerge.recipe import ActOrder, Recipe
 
+NOISE_WINDOWS = 8
+"""Windows of each corpus that are run in 16 bits as well, to see what that alone changes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -94,6 +97,11 @@ def arm_names(job: Job) -> tuple[str, ...]:
         return (*before, "trained", *(f"release@{s}" for s in job.strategies), *after)
     made = [name for s in job.strategies for name in (f"merged@{s}", f"release@{s}")]
     return (*before, "quantized_base", "trained", *made, *after)
+
+
+def partial(out: Path) -> Path:
+    """Where a run that publishes `out` works."""
+    return out.with_name(f"{out.name}.partial")
 
 
 class Faults:

@@ -12,8 +12,6 @@ import torch
 
 from qmerge import __version__
 from qmerge.corpus import overlap
-from qmerge.errors import StorageError
-from qmerge.estimate import disk_bytes
 from qmerge.job import Job
 from qmerge.measure import (
     check_limits,
@@ -46,6 +44,7 @@ from qmerge.release import (
     write_papers,
     write_side_files,
 )
+from qmerge.report.plan import needs
 from qmerge.results import (
     ArmScore,
     Candidate,
@@ -66,7 +65,7 @@ from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
 from qmerge.walk import NOISE, REFERENCE, Walk, merged_arm, release_arm
-from qmerge.workspace import Workspace, disk_free
+from qmerge.workspace import Workspace
 
 RELEASE = "release"
 DENSE = "dense"
@@ -91,14 +90,15 @@ def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
     finished = None if recipe.restart else _finished(recipe)
     if finished is not None:
         return finished
-    progress.stage("plan", 1)
+    progress.stage("plan", 2)
     progress.step("reading headers")
     with meter.stage("plan"):
-        job = make_plan(recipe).ready()
+        plan = make_plan(recipe)
+        job = plan.ready()
+    progress.step(needs(plan.summary))
     with meter.stage("digest"):
         inputs = _hash_inputs(job, progress)
     with Workspace.open(recipe.out, _fingerprint(job, inputs), restart=recipe.restart) as workspace:
-        _check_disk(job, workspace)
         for note in job.notes:
             progress.warn(note)
         if "substitute" in job.strategies and not workspace.finished():
@@ -174,17 +174,6 @@ def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
     files = {role: dict(record.files) for role, record in inputs.items()}
     made_by = {"qmerge": __version__, **versions(), "device": job.device.type}
     return encode({"made by": made_by, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
-
-
-def _check_disk(job: Job, workspace: Workspace) -> None:
-    needed = disk_bytes(job)
-    free = disk_free(workspace.folder)
-    if not workspace.finished() and free < needed:
-        raise StorageError(
-            f"{workspace.folder}: the run needs about {needed >> 20} MiB of disk, "
-            f"{free >> 20} MiB are free",
-            hint="free some space, or give an --out on another disk",
-        )
 
 
 def _check_original(job: Job, progress: Progress) -> None:

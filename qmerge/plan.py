@@ -1,8 +1,8 @@
 """From a recipe to a job: everything that can be known from headers, and every fault in it at once.
 
-Nothing is written here, and no weight is decoded but to see where a base is padded. A plan without
-faults carries a `Job`, and a job does not fail for a reason that could have been seen before it
-began.
+Nothing is left on the disk, and no weight is decoded but to see where a base is padded. A plan
+without faults carries a `Job`, and a job does not fail for a reason that could have been seen
+before it began.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, RecipeError
-from qmerge.estimate import summarize, waiting_bytes, working_bytes
+from qmerge.estimate import room_faults, summarize, waiting_bytes, working_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader
 from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
 from qmerge.job import Faults, Job, Settings, pick_device
+from qmerge.machine import existing
 from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_original
 from qmerge.model.reshape import Shape, open_sibling, vocabulary_of
@@ -66,9 +67,9 @@ def make_plan(recipe: Recipe) -> Plan:
     """Open everything, check everything, spend nothing."""
     faults = Faults()
     job = _make_job(recipe, faults)
+    faults.found += room_faults(job) if job else []
     found = tuple(dict.fromkeys(faults.found))
-    job = None if found else job
-    return Plan(faults=found, job=job, summary=summarize(recipe, job, found))
+    return Plan(faults=found, job=None if found else job, summary=summarize(recipe, job, found))
 
 
 def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
@@ -175,14 +176,8 @@ def _check_out(recipe: Recipe, faults: Faults) -> None:
                 hint="name a folder that does not exist yet, or remove this one",
             )
         )
-    elif not _nearest_folder(recipe.out).is_dir():
-        faults.found.append(
-            Fault(where="--out", message=f"{_nearest_folder(recipe.out)} is not a folder")
-        )
-
-
-def _nearest_folder(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
+    elif not existing(recipe.out).is_dir():
+        faults.found.append(Fault(where="--out", message=f"{existing(recipe.out)} is not a folder"))
 
 
 def _open_original(

@@ -466,6 +466,11 @@ class PlanSummary:
     bytes_out: int = 0
     disk_bytes: int = 0
     memory_bytes: int = 0
+    device_bytes: int = 0
+    """Of `device`, where that is not the host."""
+    device: str = "cpu"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By parts of the work, named as the timings of a run are."""
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()

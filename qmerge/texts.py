@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.corpus import Corpus, load_corpus
-from qmerge.errors import CorpusError
+from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
-from qmerge.model.skeleton import Skeleton, first_line, text_config
+from qmerge.model.skeleton import REMOTE_CODE_HINT, Skeleton, first_line, text_config
 from qmerge.recipe import EvalText, Scoring
+from qmerge.storage.files import read_json
 
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
@@ -20,6 +21,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 ROWS_HINT = "save the adapter again with save_embedding_layers=True, or give --partial-state"
 TOKENS_AT_ONCE = 4096
 """Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
+LENS_WINDOWS, LENS_TOKENS = 16, 256
+"""What is looked at behind each layer: enough to see where a divergence begins."""
+LOGIT_BYTES = 1 << 28
+"""Logits of all arms on one slice of the vocabulary that are held at one time; at least those of
+one window."""
 
 
 def tokenizer_home(base: Path, *adapters: Path | None) -> Path:
@@ -37,9 +43,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
+        hint = "the folder needs the tokenizer files that came with the model"
         raise CorpusError(
             f"{folder}: transformers cannot open the tokenizer: {first_line(error)}",
-            hint="the folder needs the tokenizer files that came with the model",
+            hint=REMOTE_CODE_HINT if _has_own_code(folder) and not trust_remote_code else hint,
         ) from error
 
 
@@ -103,6 +110,14 @@ def check_tokens(tokenizer: Any, home: Path, base: Path, rows: int, *, trust: bo
             " and training saved none for it",
             hint=ROWS_HINT,
         )
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Whether a tokenizer's settings name Python files."""
+    try:
+        return "auto_map" in read_json(folder / "tokenizer_config.json")
+    except QmergeError:
+        return False
 
 
 def window_length(asked: int | None, skeleton: Skeleton) -> int:

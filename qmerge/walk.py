@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qmerge.formats.writing import pack
-from qmerge.job import Job, arm_names
+from qmerge.job import NOISE_WINDOWS, Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
@@ -39,7 +39,6 @@ from qmerge.workspace import Workspace
 
 REFERENCE = "trained"
 NOISE = "noise_floor"
-NOISE_WINDOWS = 8
 CHECKED_TOKENS = 64
 """Tokens whose logits are compared between the merged model and the live adapter."""
 Tensors = Mapping[str, torch.Tensor]

@@ -7,7 +7,6 @@ command goes on after the last unit that the journal has.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qmerge.errors import RecipeError, StorageError
+from qmerge.job import partial
 from qmerge.storage.journal import RESTART_HINT, Journal
 from qmerge.storage.shards import ShardRecord, sha256_file, sync_folder, translated
 
@@ -166,11 +166,6 @@ class Workspace:
         self.close()
 
 
-def partial(out: Path) -> Path:
-    """Where a run that publishes `out` works."""
-    return out.with_name(f"{out.name}.partial")
-
-
 def _make(folder: Path) -> None:
     """The folder, new or left by a run; `RecipeError` where it is somebody else's."""
     with translated(folder):
@@ -216,10 +211,3 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
         parts = (_flat(value, f"{path}.{key}" if path else str(key)) for key, value in tree.items())
         return {key: value for part in parts for key, value in part.items()}
     return {path: tree}
-
-
-def disk_free(path: Path) -> int:
-    """Bytes free where `path` will be."""
-    place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    status = os.statvfs(place)
-    return status.f_bavail * status.f_frsize

@@ -37,7 +37,17 @@ FLOORS = (
     Floor(name="models", modules=("corpus", "model")),
     Floor(
         name="intent",
-        modules=("job", "images", "texts", "estimate", "training", "tuning", "grids", "plan"),
+        modules=(
+            "job",
+            "images",
+            "texts",
+            "machine",
+            "estimate",
+            "training",
+            "tuning",
+            "grids",
+            "plan",
+        ),
         ladder=True,
     ),
     Floor(name="work", modules=("stages",)),

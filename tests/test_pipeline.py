@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -263,6 +264,26 @@ def test_report_keeps_its_keys(nf4_run: tuple[Recipe, RunResult]) -> None:
     measured = sum(seconds for name, seconds in report["timings"].items() if name != "total")
     assert measured <= report["timings"]["total"]
     assert {"calibration", "evaluation"} <= report["corpora"].keys()
+
+
+def test_the_report_says_where_figures_come_from(nf4_run: tuple[Recipe, RunResult]) -> None:
+    recipe, result = nf4_run
+    for role, folder in (
+        ("base", recipe.base),
+        ("original", recipe.original),
+        ("adapter", Path(recipe.adapter[0])),
+    ):
+        assert folder is not None
+        expected = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
+        }
+        assert result.inputs[role].files == expected
+    assert result.versions["torch"] == torch.__version__
+    assert {"transformers", "peft", "safetensors", "bitsandbytes"} <= result.versions.keys()
+    assert result.recipe["seed"] == recipe.seed
+    text = Path(str(recipe.calibration)).read_bytes()
+    assert result.corpora.calibration.text_sha256 == hashlib.sha256(text).hexdigest()
+    assert result.corpora.evaluation["held_out"].sha256 is not None
 
 
 def test_release_holds_what_its_users_need(

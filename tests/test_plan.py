@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from qmerge import machine
 from qmerge.cli import status
 from qmerge.errors import PlanError
 from qmerge.export import export
+from qmerge.job import partial
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
@@ -229,6 +231,65 @@ def test_plan_tells_every_unit_and_its_bytes(asked: Recipe) -> None:
         "embedding", "layer 0", "layer 1", "layer 2", "head"
     ]  # fmt: skip
     assert all(u.quantized == u.adapted == 7 for u in plan.summary.units[1:-1])
+
+
+def test_a_disk_or_a_memory_that_is_too_small_is_a_fault(
+    asked: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan(asked)
+    needed = plan.summary.disk_bytes
+    file = asked.out.with_name("recipe.yaml")
+    file.write_text(asked.to_yaml())
+    before = sorted(asked.out.parent.iterdir())
+    monkeypatch.setattr(machine, "disk_free", lambda _: needed - 1)
+    assert status(["run", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "error: --out: the run needs about" in told
+    assert "hint: free some space" in told
+    assert status(["plan", str(file)]) == 1
+    assert "of memory beside the libraries" in capsys.readouterr().out
+    monkeypatch.setattr(machine, "memory_size", lambda _: plan.summary.memory_bytes - 1)
+    assert [fault.where for fault in make_plan(asked).faults] == ["--out", "--memory"]
+    assert sorted(asked.out.parent.iterdir()) == before
+    # What a stopped run has left is room that it goes on in.
+    partial(asked.out).mkdir()
+    (partial(asked.out) / "shard").write_bytes(b"1")
+    assert [fault.where for fault in make_plan(asked).faults] == ["--memory"]
+
+
+def test_time_follows_the_work(asked: Recipe) -> None:
+    """How fast the machine is has been measured once, so that twice the work is twice the time."""
+    some = make_plan(asked).summary.seconds
+    more = make_plan(replace(asked, eval_windows=4)).summary.seconds
+    assert min(some.values()) > 0
+    assert more["score"] == pytest.approx(2 * some["score"])
+    assert some["evaluate"] < more["evaluate"] <= 2.01 * some["evaluate"]
+    assert more["requantize"] == pytest.approx(some["requantize"])
+    again = make_plan(replace(asked, calibration_samples=8, bits=8)).summary.seconds
+    assert some["requantize"] < again["requantize"] < 2 * some["requantize"]
+    parts = make_plan(replace(asked, memory=1 << 20)).summary.seconds
+    assert parts["requantize"] > some["requantize"]
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(
+    asked: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = asked.out.with_name("ran")
+    for file, name in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        (asked.base / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+        kept = (asked.base / file).read_text()
+        own = ["own.Own", None] if name == "AutoTokenizer" else "own.Own"
+        edit(asked.base / file, auto_map={name: own}, model_type="own", tokenizer_class="Own")
+        if name == "AutoTokenizer":
+            (asked.base / "tokenizer.json").unlink()
+        recipe = asked.out.with_name("recipe.yaml")
+        recipe.write_text(asked.to_yaml())
+        assert status(["run", str(recipe)]) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "--trust-remote-code" in told, told
+        assert not ran.exists()
+        (asked.base / file).write_text(kept)
 
 
 def test_stdout_is_for_data_and_gptqmodel_is_not_imported(asked: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmerge.report.words import size, some
+from qmerge.report.words import duration, size, some
 from qmerge.results import PlannedUnit, PlanSummary
 
 HEAD = ("unit", "quantized", "dense", "adapted", "in", "out")
@@ -63,8 +63,19 @@ def _table(units: tuple[PlannedUnit, ...]) -> list[str]:
 def _needs(plan: PlanSummary) -> list[str]:
     return [
         f"reads {size(plan.bytes_in)}, writes {size(plan.bytes_out)}",
-        f"needs {size(plan.memory_bytes)} of memory beside the libraries, "
-        f"{size(plan.disk_bytes)} of disk while it runs",
+        needs(plan),
         f"calibration: {plan.at_once} windows at once, "
         + ("one forward of each layer" if plan.waiting else "a forward for each group of linears"),
     ]
+
+
+def needs(plan: PlanSummary) -> str:
+    """Time, memory and disk in one line."""
+    whole = sum(plan.seconds.values())
+    most, part = max((share, name) for name, share in plan.seconds.items())
+    device = f" and {size(plan.device_bytes)} on {plan.device}" if plan.device_bytes else ""
+    return (
+        f"takes about {duration(whole)} on this machine ({100 * most / whole:.0f}% {part}), "
+        f"{size(plan.memory_bytes)} of memory beside the libraries{device}, "
+        f"{size(plan.disk_bytes)} of disk while it runs"
+    )

@@ -17,12 +17,8 @@ from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, Hidden, run
 from qmerge.model.streams import Streams, batches
 from qmerge.progress import Progress
+from qmerge.texts import LENS_TOKENS, LENS_WINDOWS, LOGIT_BYTES
 
-LOGIT_BYTES = 1 << 28
-"""Logits of all arms on one slice of the vocabulary that are held at one time; at least those of
-one window."""
-LENS_WINDOWS, LENS_TOKENS = 16, 256
-"""What is looked at behind each layer: enough to see where a divergence begins."""
 FEW = 4
 """Arms whose running figures are all shown."""
 

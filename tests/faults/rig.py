@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ REPORTS = ("qmerge_report.json", "report.html")
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended: exit code (below 0 a signal), what it said, what it did to the disk."""
+    """How a command ended: exit code (below 0 a signal), what it said, what it did to the disk, and
+    the operation that met something."""
 
     code: int
     said: str
+    struck: str | None
     log: list[str]
 
 
@@ -85,10 +87,12 @@ class Job:
         nth: int = 0,
         what: str = "kill",
         reads: bool = False,
+        known: Sequence[str] = (),
         clock: bool = False,
         lie: bool = False,
     ) -> int:
-        """Begin the command; the `nth` operation like `at` meets `what`. The child's process id."""
+        """Begin `qmerge run`; the `nth` operation like `at`, kinds that are `known` left out, meets
+        `what`. The child's process id."""
         self.folder.mkdir(exist_ok=True)
         child: int = self.server.ask(
             do="start",
@@ -98,6 +102,7 @@ class Job:
             nth=nth,
             what=what,
             reads=reads,
+            known=list(known),
             clock=clock,
             lie=lie,
         )
@@ -105,7 +110,13 @@ class Job:
 
     def wait(self, child: int, *, kill_after: float | None = None) -> Ended:
         answer = self.server.ask(do="wait", child=child, kill_after=kill_after)
-        return Ended(code=answer["code"], said=answer["said"], log=answer["log"])
+        return Ended(**answer)
+
+    def ask(self, *words: str) -> Ended:
+        """Any command, with nothing happening to it."""
+        untouched = {"at": "*", "nth": 0, "what": "kill", "reads": False, "known": []}
+        order = {"do": "start", "folder": str(self.folder), "words": words, **untouched}
+        return self.wait(self.server.ask(**order, clock=False, lie=False))
 
     def run(self, *more: str, **happening: Any) -> Ended:
         return self.wait(self.start(*more, **happening))
@@ -114,14 +125,6 @@ class Job:
         """Units that the journal has."""
         file = self.partial / "journal.jsonl"
         return file.read_text().count('"unit"') if file.is_file() else 0
-
-
-def each_kind(log: list[str]) -> list[int]:
-    """The first and the last operation of each kind, by number: names differ but for digits."""
-    kinds: dict[str, list[int]] = {}
-    for number, operation in enumerate(log, start=1):
-        kinds.setdefault(re.sub(r"\d+", "#", operation), []).append(number)
-    return sorted({number for numbers in kinds.values() for number in (numbers[0], numbers[-1])})
 
 
 def contents(release: Path) -> dict[str, bytes]:

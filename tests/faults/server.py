@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qmerge.report import plots
-from tests.faults.faults import Disk, lie_about_space, turn_back_the_clock
+from tests.faults.faults import STRUCK, Disk, lie_about_space, turn_back_the_clock
 
 OUTPUT = "output.txt"
 LOG = "log.json"
@@ -72,7 +72,10 @@ def _run(order: dict[str, Any]) -> int:
     handle = os.open(OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    disk = Disk(order["at"], order["nth"], order["what"], reads=order["reads"])
+    STRUCK.unlink(missing_ok=True)
+    disk = Disk(
+        order["at"], order["nth"], order["what"], reads=order["reads"], known=order["known"]
+    )
     disk.install()
     if order["clock"]:
         turn_back_the_clock()
@@ -82,6 +85,7 @@ def _run(order: dict[str, Any]) -> int:
         cli.main(order["words"])
     except SystemExit as ended:
         log = json.dumps(disk.log)
+        disk.left = -1  # what is written here is not the command's
         Path(LOG).write_text(log)
         return int(ended.code or 0)
 
@@ -90,6 +94,7 @@ def _wait(child: int, folder: Path) -> dict[str, Any]:
     _, status = os.waitpid(child, 0)
     return {
         "code": os.waitstatus_to_exitcode(status),
+        "struck": struck.read_text() if (struck := folder / STRUCK).exists() else None,
         "said": (folder / OUTPUT).read_text(errors="replace"),
         "log": json.loads((folder / LOG).read_text()) if os.WIFEXITED(status) else [],
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rig import Ended, Job, Server, each_kind
+from tests.faults.faults import kind_of
+from tests.faults.rig import Ended, Job, Server
 
-STORAGE_FAILED = 3
+BAD_INPUT, STORAGE_FAILED = 2, 3
 FULL = (
     "mkdir *streams",
     "write *streams/*",
@@ -23,7 +26,7 @@ FULL = (
     "fsync *report.html*",
     "rename *",
 )
-GROWS = ("create", "write", "mkdir", "pwrite")
+ERRORS = {"full": "No space left on device", "broken": "Input/output error"}
 UNREADABLE = ("tensor *original/*", "read *.f32", "read *partial/*00001-of*")
 
 
@@ -58,25 +61,31 @@ def test_unreadable(job: Job, whole: Callable[[Job], None]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["full", "broken"])
 def test_failing_at_every_kind_of_change(
-    server: Server,
-    words: tuple[str, ...],
-    straight: tuple[Ended, dict[str, bytes]],
-    whole: Callable[[Job], None],
-    tmp_path: Path,
+    straight: tuple[Ended, dict[str, bytes]], job: Job, whole: Callable[[Job], None], what: str
 ) -> None:
-    log = straight[0].log
-    for nth in each_kind(log[:-1]):  # behind the last one nothing is left to do
-        operation = log[nth - 1]
-        job = Job(server=server, words=words, folder=tmp_path / str(nth))
-        ended = job.run(nth=nth, what="full" if operation.startswith(GROWS) else "broken")
-        if ended.code == 0:  # tidying up may fail when the release is there
-            assert job.release.exists()
-        elif not job.release.exists():
-            assert ended.code == STORAGE_FAILED, (operation, ended.said)
-        if job.partial.exists() or not job.release.exists():
-            assert job.run().code == 0, operation
-        whole(job)
+    """One run, failing at the first operation of each kind, again and again until nothing is left
+    to fail: an error of our own while there is no release, and never less than before."""
+    kinds = [kind_of(operation) for operation in straight[0].log]
+    known, finished = kinds[-1:], 0  # behind the last one nothing is left to do
+    while (ended := job.run(known=known, nth=1, what=what)).struck is not None:
+        known.append(kind_of(ended.struck))
+        if not job.release.exists():
+            assert_stopped(job, ended, ERRORS[what])
+            assert finished <= job.finished()
+            finished = job.finished()
+    assert {*kinds} <= {*known}
+    assert ended.code == 0
+    whole(job)
+
+
+def test_as_much_disk_is_taken_as_was_planned(job: Job) -> None:
+    """It holds most right before the release appears."""
+    assert job.run(at="rename *", nth=1).code < 0
+    held = sum(file.stat().st_size for file in job.partial.rglob("*") if file.is_file())
+    planned = job.ask("plan", *job.words, "--json")
+    assert abs(json.loads(planned.said)["disk_bytes"] / held - 1) < 0.25
 
 
 @pytest.fixture
@@ -98,8 +107,10 @@ def test_a_disk_that_is_really_full(
     server: Server, words: tuple[str, ...], whole: Callable[[Job], None], small_disk: Path
 ) -> None:
     job = Job(server=server, words=words, folder=small_disk)
-    assert_stopped(job, job.run(), "MiB of disk")
-    assert job.finished() == 0
+    ended = job.run()
+    assert ended.code == BAD_INPUT
+    assert re.search(r"error: --out: the run needs about \d+ MiB of disk, 0 MiB are", ended.said)
+    assert not job.partial.exists()
     assert_stopped(job, job.run(lie=True), "No space left on device")
     assert job.finished() > 0
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)

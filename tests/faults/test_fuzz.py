@@ -225,7 +225,7 @@ def test_mutated_files(folders: dict[str, Path], check: Check) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("check", CHECKS)
-def test_many_mutated_files(folders: dict[str, Path], check: Check, seed: int) -> None:
-    check(folders, 250, seed)
+def test_many_mutated_files(folders: dict[str, Path], check: Check) -> None:
+    """4,000 cases and more: 250 a file, ten times as many of the recipe."""
+    check(folders, 250, 1)

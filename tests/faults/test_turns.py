@@ -92,11 +92,7 @@ def test_a_release_s_recipe_makes_it_again(job: Job, whole: Callable[[Job], None
     assert job.run().code == 0
     whole(job)
     recipe = str(job.release / "qmerge_recipe.yaml")
-    child = job.server.ask(
-        do="start", folder=str(job.folder), words=["run", recipe, "--out", "other"],
-        at="*", nth=0, what="kill", reads=False, clock=False, lie=False,
-    )  # fmt: skip
-    assert job.wait(child).code == 0
+    assert job.ask("run", recipe, "--out", "other").code == 0
     names = {path.name for path in job.release.iterdir()}
     other = job.folder / "other"
     assert names == {path.name for path in other.iterdir()}

@@ -1,0 +1,232 @@
+"""What this machine has, and how fast it does what a run is made of.
+
+Each piece is tried once, small, on random numbers, and remembered while the process lives. What is
+written to see how fast a disk is has no name there, and is gone.
+
+O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
+from qmerge.measure.tokens import TokenAccumulator
+from qmerge.model.frame import Frame
+from qmerge.model.layer import fill, move, run
+from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.texts import TOKENS_AT_ONCE
+
+SQUARE = {"cpu": 768, "cuda": 4096}
+"""Rows of the matrices whose product is timed."""
+PRODUCTS = 10
+"""Products [O, I] with [I, I] that rounding a linear takes: passes, refits, the moved target, and
+what is measured of it."""
+NARROW, LOW, HIGH = 256, 64, 1024
+"""In features, and few and many out features, of the linears whose rounding is timed."""
+LARGE = 1 << 24
+"""Parameters above which a layer is not tried itself: its products take nearly all of its time."""
+WORK = 1 << 31
+"""Multiplications of a layer's trial, which is of one window at least."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""How configurations call the number of a layer's experts."""
+WRITTEN = 1 << 23
+"""Bytes of a trial of a disk."""
+
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """Seconds of quantizing a linear [O, I] beside its large products."""
+
+    per_column: float
+    per_weight: float
+
+
+def disk_free(path: Path) -> int:
+    """Bytes free where `path` is or will be."""
+    status = os.statvfs(existing(path))
+    return status.f_bavail * status.f_frsize
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def memory_size(device: torch.device) -> int:
+    """Bytes of memory that a device has; of the host, what its processes may have of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = MEMORY_LIMIT.read_text().strip()
+    except OSError:
+        return size
+    return min(size, int(limit)) if limit.isdecimal() else size
+
+
+@cache
+def product_seconds(device: torch.device) -> float:
+    """Of one multiplication and addition in a product of large float32 matrices."""
+    size = SQUARE.get(device.type, SQUARE["cuda"])
+    matrix = torch.ones(size, size, device=device)
+    return _seconds(lambda: matrix @ matrix, device) / size**3
+
+
+@cache
+def rounding_seconds(device: torch.device) -> Rounding:
+    """From two linears of one width, to tell what a column costs from what a weight does."""
+    low, high = (_rounded(rows, device) for rows in (LOW, HIGH))
+    per_weight = max(0.0, high - low) / ((HIGH - LOW) * NARROW)
+    return Rounding(per_column=max(0.0, low / NARROW - per_weight * LOW), per_weight=per_weight)
+
+
+def _rounded(rows: int, device: torch.device) -> float:
+    """Seconds of one linear, its large products taken away."""
+    draw = torch.Generator().manual_seed(0)
+    origin_OI = torch.randn(rows, NARROW, generator=draw).to(device)
+    merged_OI = origin_OI + 0.1 * torch.randn(rows, NARROW, generator=draw).to(device)
+    inputs_NI = torch.randn(2 * NARROW, NARROW, generator=draw).to(device)
+    hessian, drift = Hessian(NARROW, device=device), Drift(NARROW, NARROW, device=device)
+    hessian.add(inputs_NI)
+    drift.add(1.01 * inputs_NI, inputs_NI, inputs_NI)
+    H_II, spec = hessian.mean(), GridSpec(bits=4, group_size=64, symmetric=True)
+
+    def work() -> None:
+        solve_update(merged_OI, origin_OI, H_II, spec, rows=(rows,), drift_II=drift.mean())
+
+    products = PRODUCTS * rows * NARROW**2 * product_seconds(device)
+    return max(0.0, _seconds(work, device) - products)
+
+
+@cache
+def scoring_seconds(device: torch.device) -> float:
+    """Of one logit of one model, once it is there: its part in every figure of its token."""
+    rows, width, arms = 64, 2048, ("reference", "other")
+    logits = {arm: torch.randn(rows, width, device=device) for arm in arms}
+    targets_R = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def work() -> None:
+        TokenAccumulator(arms, arms[0], targets_R).add(0, logits)
+
+    return _seconds(work, device) / (rows * width * len(arms))
+
+
+def layer_seconds(skeleton: Skeleton, length: int, device: torch.device) -> float:
+    """Of one token of a window of `length` on its way through the first decoder layer."""
+    layer = skeleton.layer(0)
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    if parameters > LARGE:
+        return active_weights(skeleton) * product_seconds(device)
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters())
+    key = (type(skeleton.model).__name__, shapes, length, device)
+    if key not in _LAYERS:
+        _LAYERS[key] = _tried(skeleton, layer, length, device)
+    return _LAYERS[key]
+
+
+_LAYERS: dict[Any, float] = {}
+
+
+def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.device) -> float:
+    draw = torch.Generator().manual_seed(0)
+    weights = {
+        name: 0.02 * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in layer.state_dict().items()
+        if tensor.is_meta
+    }
+    fill(layer, weights)
+    layer.to(device)
+    call = move(Frame(skeleton, _Zeros(skeleton)).calls(length), device)[0]
+    products = sum(tensor.numel() for tensor in weights.values()) * length
+    windows = max(1, min(TOKENS_AT_ONCE // length, WORK // products))
+    width = int(text_config(skeleton.model.config).hidden_size)
+    hidden_WSH = torch.randn(windows, length, width, generator=draw).to(device)
+    return _seconds(lambda: run(layer, hidden_WSH, call), device) / (windows * length)
+
+
+class _Zeros:
+    """Weights outside the layers that are all zero: what a layer is called with needs no others."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._parameters = skeleton.parameters()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.zeros(self._parameters[name].shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.zeros(stop - start, *self._parameters[name].shape[1:])
+
+    def row_count(self, name: str) -> int:
+        return int(self._parameters[name].shape[0])
+
+
+def active_weights(skeleton: Skeleton) -> int:
+    """Weights of the first layer that one token meets: of experts it meets a few."""
+    config = text_config(skeleton.model.config)
+    experts = next((n for key in EXPERTS if (n := getattr(config, key, None))), 0)
+    met = getattr(config, "num_experts_per_tok", None) or experts
+    parameters = skeleton.layer(0).named_parameters()
+    return sum(
+        tensor.numel() * met // experts if experts and ".experts." in f".{name}" else tensor.numel()
+        for name, tensor in parameters
+    )
+
+
+@cache
+def digest_seconds() -> float:
+    """Of one byte's way through SHA-256."""
+    data = bytes(WRITTEN)
+    return _seconds(lambda: hashlib.sha256(data).digest(), torch.device("cpu")) / WRITTEN
+
+
+def disk_seconds(path: Path) -> float:
+    """Of one byte's way to the disk that `path` is on, forced, and back; 0 where none may be
+    written."""
+    folder = existing(path)
+    disk = folder.stat().st_dev
+    if disk not in _DISKS:
+        _DISKS[disk] = _written(folder) / WRITTEN
+    return _DISKS[disk]
+
+
+_DISKS: dict[int, float] = {}
+
+
+def _written(folder: Path) -> float:
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(WRITTEN))
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            file.read()
+    except OSError:
+        return 0.0
+    return time.perf_counter() - began
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The faster of two, after one that does not count."""
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
