@@ -332,6 +332,51 @@ def test_a_forged_report_does_not_help(
     assert not {"report", "digests", "files-present"} & set(found.failed)
 
 
+@pytest.fixture(scope="module")
+def others(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Releases in other forms."""
+    made = {}
+    for form, symmetric, order in (
+        ("compressed-tensors", True, "group"),
+        ("gptq_v2", False, "full"),
+    ):
+        made[form] = tmp_path_factory.mktemp("others") / form
+        recipe = build(Recipe, {"out": str(made[form])}, file=sound / "qmerge_recipe.yaml")
+        asked = {"format": form, "symmetric": symmetric, "act_order": order}
+        run(Recipe(**{**vars(recipe), **asked}))
+    return made
+
+
+def test_releases_in_other_forms_pass(others: dict[str, Path], against: Against) -> None:
+    found = {form: verify(release, against=against) for form, release in others.items()}
+    assert [each.failed for each in found.values()] == [(), ()]
+    # What vLLM does not take was asked for: no failure, and told.
+    told = outcomes(found["gptq_v2"])
+    assert told["vllm-symmetric"] == told["vllm-format"] == "note"
+    assert told["act-order"] == "pass"
+    told = outcomes(found["compressed-tensors"])
+    assert {"compressed-format", "compressed-status", "kept-modules", "vllm-bits"} <= told.keys()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "name"),
+    [
+        (("format",), "dense", "compressed-format"),
+        (("quantization_status",), "frozen", "compressed-status"),
+        (("config_groups", "group_0", "weights", "strategy"), "channel", "compressed-strategy"),
+        (("ignore",), [], "kept-modules"),
+    ],
+)
+def test_settings_of_compressed_tensors_are_demanded(
+    others: dict[str, Path], tmp_path: Path, keys: tuple[str, ...], value: Any, name: str
+) -> None:
+    release = Path(shutil.copytree(others["compressed-tensors"], tmp_path / "release"))
+    edit_json(release / "config.json", "quantization_config", *keys, value=value)
+    forge(release)
+    found = verify(release)
+    assert {name, "names-and-shapes"} & set(found.failed), found.failed
+
+
 def other_norm(release: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.k_norm.weight"][0] *= 1.01
@@ -446,12 +491,17 @@ needs_loader = pytest.mark.skipif(
 
 @needs_loader
 def test_loading_reproduces_the_perplexity(release: Path) -> None:
-    edit_report(release, "arms", "release", "held_out", "window_nll", value=[5.0] * 6)
+    """As reported, and on the same text under another name not as a forged report says."""
+    report = json.loads((release / REPORT).read_text())
+    score, text = report["arms"]["release"]["held_out"], report["corpora"]["evaluation"]["held_out"]
+    edit_report(release, "corpora", "evaluation", "forged", value={**text, "name": "forged"})
+    forged = {**score, "window_nll": [5.0] * 6}
+    edit_json(release / REPORT, "arms", "release", "forged", value=forged)
     forge(release)
     found = {check.name: check for check in verify(release, load=True).checks}
-    assert found["loads"].outcome == "pass"
-    assert found["perplexity-held_out"].outcome == "fail"
-    assert "148.4 in the report" in found["perplexity-held_out"].text  # e to the fifth
+    assert found["loads"].outcome == found["perplexity-held_out"].outcome == "pass"
+    assert found["perplexity-forged"].outcome == "fail"
+    assert "148.4 in the report" in found["perplexity-forged"].text  # e to the fifth
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["gone", "other"])
@@ -468,11 +518,18 @@ def test_text_that_is_not_at_hand_is_a_skip(
     assert ("another digest" if other else "gone.txt: no such file") in check.text
 
 
-def test_commands(sound: Path, release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    sound: Path, against: Against, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.status(["verify", str(sound)]) == 0
     told = capsys.readouterr()
     assert "pass  digests" in told.out
     assert "error" not in told.err
+    pair = [str(against.base), str(against.adapters[0])]
+    assert cli.status(["verify", str(sound), "--against", *pair]) == 0
+    assert "pass  untouched" in capsys.readouterr().out
+    assert cli.status(["verify", str(sound), "--against", *reversed(pair)]) == 1
+    assert "error: failed: inputs" in capsys.readouterr().err
     lose_tokenizer(release)
     assert cli.status(["verify", str(release), "--json"]) == 1
     told = capsys.readouterr()
@@ -487,6 +544,7 @@ def test_commands(sound: Path, release: Path, capsys: pytest.CaptureFixture[str]
     [
         (["verify", "nowhere"], "nowhere: no such folder"),
         (["verify", ".", "--against-adapter", "a"], "missing: --against-base"),
+        (["verify", ".", "--against", "b", "a", "--against-base", "b"], "leave out --against-base"),
     ],
 )
 def test_bad_words(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:

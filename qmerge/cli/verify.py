@@ -22,12 +22,21 @@ FOLDER = click.Path(path_type=Path)
 @click.command("verify", cls=Command)
 @click.argument("release", type=FOLDER)
 @click.option(
+    "--against",
+    "pair",
+    cls=Flag,
+    nargs=2,
+    metavar="BASE ADAPTER",
+    type=FOLDER,
+    help="Prove the weights from the base and the adapter it was made of.  [default: none]",
+)
+@click.option(
     "--against-base",
     "base",
     cls=Flag,
     metavar="DIR",
     type=FOLDER,
-    help="The base it was made of: prove the weights from it.  [default: none]",
+    help="The base alone, where there was no adapter or more than one.  [default: none]",
 )
 @click.option(
     "--against-adapter",
@@ -60,6 +69,7 @@ FOLDER = click.Path(path_type=Path)
 @json_option
 def command(
     release: Path,
+    pair: tuple[Path, Path] | None,
     base: Path | None,
     adapters: tuple[Path, ...],
     original: Path | None,
@@ -73,6 +83,11 @@ def command(
     names, shapes, settings and tokenizer, and what transformers and vLLM demand. The exit code is
     1 where a check failed.
     """
+    if pair is not None:
+        if base is not None or adapters:
+            raise RecipeError("--against names base and adapter; leave out --against-base")
+        base, adapters = pair[0], (pair[1],)
+
     with display() as progress:
         from qmerge.verify import verify
 
@@ -97,7 +112,10 @@ def _against(
 
     if base is None:
         if adapters or original is not None:
-            raise RecipeError("missing: --against-base", hint="a proof begins with the base")
+            raise RecipeError(
+                "missing: --against-base",
+                hint="a proof begins with the base: --against BASE ADAPTER",
+            )
         return None
     return Against(base=base, adapters=adapters, original=original)
 
