@@ -173,6 +173,9 @@ class _Zeros:
     def row_count(self, name: str) -> int:
         return int(self._parameters[name].shape[0])
 
+    def holds(self, name: str) -> bool:
+        return name in self._parameters
+
 
 def active_weights(skeleton: Skeleton) -> int:
     """Weights of the first layer that one token meets: of experts it meets a few."""
