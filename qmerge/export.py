@@ -154,14 +154,16 @@ def _write_unit(
     weights, merged = source.weights, _merged(source, unit)
     stored = {weights.names.to_write(name): name for name in unit.parameters}
     shapes = {
-        own: torch.empty(weights.shape(name), dtype=dtype, device="meta")
+        own: weights.on_disk(name, torch.empty(weights.shape(name), dtype=dtype, device="meta"))
         for own, name in stored.items()
     }
 
     def pieces(own: str) -> Iterator[torch.Tensor]:
         name = stored[own]
         if name in merged:
-            yield merged[name].to(dtype)
+            yield weights.on_disk(name, merged[name]).to(dtype)
+        elif name in weights.turned:
+            yield weights.on_disk(name, weights.tensor(name)).to(dtype)
         else:
             yield from weights.pieces(name, dtype)
 

@@ -162,8 +162,9 @@ def _simulated(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
     """The base as training quantized it on the fly."""
     chosen = [name for name in skeleton.replaceable() if quant.quantizes(name)]
     names = [base.names.stored[name + WEIGHT] for name in chosen]
+    turned = [base.names.stored[name] for name in skeleton.turned]
     return dataclasses.replace(
-        base, format=SimulatedReader(base.checkpoint, base.format, names, quant)
+        base, format=SimulatedReader(base.checkpoint, base.format, names, quant, turned)
     )
 
 

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmerge.adapters import Adapter, Chain, Change, combine, inject, open_adapter, overlay
+from qmerge.adapters import (
+    Adapter,
+    Chain,
+    Change,
+    Injection,
+    combine,
+    inject,
+    open_adapter,
+    overlay,
+)
 from qmerge.adapters.source import read_headers, rows_of_vocabulary
 from qmerge.errors import AdapterError, Fault
 from qmerge.job import Faults
@@ -73,6 +82,7 @@ def open_tuning(
         shape = reshape(skeleton, untied=True, vocabulary=vocabulary_of(shape.skeleton))
     faults.found += _homeless(shape, change)
     faults.found += _unknown_rows(skeleton, shape, change)
+    faults.found += _turned_whole(skeleton, links)
     if base is not None:
         faults.found += _bound_to_base(recipe, adapters, base)
     return Tuning(
@@ -198,6 +208,23 @@ def _left_beside(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Fault]:
         for each in adapters
         for name in each.beside
         if (each.path / name).resolve() != given
+    ]
+
+
+def _turned_whole(skeleton: Skeleton, links: Sequence[Change]) -> list[Fault]:
+    """Whole weights that training saved as [I, O], of which a square one would fit unturned."""
+    whole = {
+        name
+        for link in links
+        for name in (link.landing.overrides if isinstance(link, Injection) else link.touched)
+    }
+    return [
+        Fault(
+            where="--adapter",
+            message=f"replaces {name} as a whole, which this model keeps transposed",
+            hint="merge it with PEFT, and quantize the result",
+        )
+        for name in sorted(whole & skeleton.turned)
     ]
 
 

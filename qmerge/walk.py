@@ -326,7 +326,11 @@ class Walk:
             replace(found, where=tuple(join(unit.path, name) for name in found.where))
             for found in work.remedies
         ]
-        tensors = {stored[join(unit.path, name)]: tensor for name, tensor in written.items()}
+        tensors = {
+            stored[full]: self.job.base.on_disk(full, tensor)
+            for name, tensor in written.items()
+            if (full := join(unit.path, name))
+        }
         for name, weight in work.packed.items():
             module = module_of(stored[join(unit.path, name) + WEIGHT])
             packed = pack(weight, self.job.settings.format)

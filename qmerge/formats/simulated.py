@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -93,11 +93,23 @@ class SimulatedReader(Reader):
     methods = ()
 
     def __init__(
-        self, checkpoint: Checkpoint, dense: Format, names: Iterable[str], quant: BaseQuant
+        self,
+        checkpoint: Checkpoint,
+        dense: Format,
+        names: Iterable[str],
+        quant: BaseQuant,
+        turned: Collection[str] = (),
     ) -> None:
+        """`turned` weights lie as [I, O], and are turned before they are quantized."""
         chosen = frozenset(names)
         weights = [
-            dataclasses.replace(weight, quantized=True) if weight.name in chosen else weight
+            dataclasses.replace(
+                weight,
+                quantized=True,
+                shape=weight.shape[::-1] if weight.name in turned else weight.shape,
+            )
+            if weight.name in chosen
+            else weight
             for weight in dense.weights.values()
         ]
         summary = dataclasses.replace(
@@ -112,9 +124,11 @@ class SimulatedReader(Reader):
         )
         super().__init__(checkpoint, name=quant.name, weights=weights, summary=summary)
         self._quant = quant
+        self._turned = frozenset(turned)
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-        stored_OI = self.checkpoint.read(weight.name)
+        stored = self.checkpoint.read(weight.name)
+        stored_OI = stored.T if weight.name in self._turned else stored
         decoded_OI = round_trip(stored_OI, self._quant)
         return (decoded_OI if rows == ALL else decoded_OI[rows]).to(dtype)
 
@@ -137,4 +151,4 @@ def round_trip(weight_OI: Tensor, quant: BaseQuant) -> Tensor:
         quant_type=quant.kind,
     )
     unpacked: Tensor = bnb.dequantize_4bit(packed, state)
-    return unpacked.view_as(weight_OI)
+    return unpacked.view(weight_OI.shape)

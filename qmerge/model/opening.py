@@ -91,8 +91,9 @@ def _kept(base: Weights, parameter: str, dim: int, pair: Padding) -> torch.Tenso
 def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weights:
     """Weights whose names and shapes are the skeleton's; PlanError with all that does not match."""
     names = map_names(skeleton, form.weights)
+    weights = Weights(format=form, names=names, checkpoint=checkpoint, turned=skeleton.turned)
     shapes = {
-        stored: (tuple(form.weights[stored].shape), tuple(tensor.shape))
+        stored: (weights.shape(parameter), tuple(tensor.shape))
         for parameter, tensor in skeleton.parameters().items()
         if (stored := names.stored.get(parameter)) is not None
     }
@@ -114,7 +115,7 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weight
     ]
     if faults:
         raise PlanError(faults)
-    return Weights(format=form, names=names, checkpoint=checkpoint)
+    return weights
 
 
 def listed(items: Sequence[str]) -> str:

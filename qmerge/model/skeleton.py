@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qmerge.errors import ModelError
-from qmerge.names import NameMap, Unit, common_unit, under
+from qmerge.names import WEIGHT, NameMap, Unit, common_unit, under
 
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
@@ -32,6 +32,8 @@ class Skeleton:
     layer_count: int
     restated: Mapping[str, Any] = field(default_factory=dict)
     """What its configuration says otherwise than the checkpoint's own."""
+    turned: frozenset[str] = frozenset()
+    """Weights that transformers keeps as [I, O] (GPT-2's Conv1D), and that are linears here."""
 
     def layer_path(self, index: int) -> str:
         return f"{self.layers_path}.{index}"
@@ -190,10 +192,27 @@ def build_skeleton(
             f"{first_line(error)}",
             hint="qmerge walks decoder-only language models that transformers knows",
         ) from error
+    turned = _turn(model)
     model.eval()
     model.tie_weights()
     count = int(text_config(config).num_hidden_layers)
-    return Skeleton(model=model, layers_path=_find_layers(model, count), layer_count=count)
+    return Skeleton(
+        model=model,
+        layers_path=_find_layers(model, count),
+        layer_count=count,
+        turned=turned,
+    )
+
+
+def _turn(model: nn.Module) -> frozenset[str]:
+    """Put linears in place of linears that keep their weight transposed; those weights' names."""
+    from transformers.pytorch_utils import Conv1D
+
+    turned = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    for name, module in turned:
+        linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
+        model.set_submodule(name, linear)
+    return frozenset(f"{name}{WEIGHT}" for name, _ in turned)
 
 
 def _auto_class(config: Any) -> Any:

@@ -26,6 +26,8 @@ class Weights:
 
     `changed` holds tensors that replace stored ones (merged embeddings, say), `resized` the rows
     of those with another vocabulary than the stored one: cut, or filled up with the mean row.
+    `turned` are weights that lie as [I, O] in a dense checkpoint, and as [O, I] in the model and
+    where they are packed.
     """
 
     format: Format
@@ -33,6 +35,7 @@ class Weights:
     checkpoint: Checkpoint
     changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     resized: Mapping[str, int] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
@@ -86,6 +89,10 @@ class Weights:
             return None
         return self._fitted(parameter, self.checkpoint.read(stored.sources[0]))
 
+    def on_disk(self, parameter: str, value: torch.Tensor) -> torch.Tensor:
+        """A dense parameter as a checkpoint of this model has it."""
+        return value.T.contiguous() if parameter in self.turned else value
+
     def integer(self, parameter: str) -> IntegerWeight | None:
         """The parameter on the integer grid it is stored on, if it is on one."""
         return self.format.integer(self.names.stored[parameter])
@@ -96,6 +103,8 @@ class Weights:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         stored = tuple(self.format.weights[self.names.stored[parameter]].shape)
+        if parameter in self.turned and not self.is_quantized(parameter):
+            return stored[::-1]
         return (self.resized.get(parameter, stored[0]), *stored[1:]) if stored else stored
 
     def stored_bytes(self, parameter: str) -> int:
@@ -118,6 +127,8 @@ class Weights:
         return int(self.format.weights[self.names.stored[parameter]].shape[0])
 
     def _fitted(self, parameter: str, stored: torch.Tensor) -> torch.Tensor:
+        if parameter in self.turned and not self.is_quantized(parameter):
+            return stored.T.contiguous()
         if parameter not in self.resized:
             return stored
         missing = self.resized[parameter] - stored.shape[0]

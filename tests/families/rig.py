@@ -81,13 +81,20 @@ def dense(folder: Path, loader: Any) -> Any:
     return (model.dequantize(dtype=torch.float32) if quantized else model).float().eval()
 
 
-def reopened(release: Path, folder: Path, loader: Any) -> Any:
-    """A release decoded by our reader under the names it has on disk, loaded by transformers."""
+def reopened(release: Path, folder: Path, loader: Any, turned: bool = False) -> Any:
+    """A release decoded by our reader under the names it has on disk, loaded by transformers.
+
+    `turned` is for a model that keeps as [I, O] what a packed weight has as [O, I].
+    """
     from safetensors.torch import save_file
 
     form = open_format(Checkpoint.open(release))
     folder.mkdir()
-    save_file({name: form.dense(name) for name in form.weights}, folder / "model.safetensors")
+    tensors = {
+        name: form.dense(name).T.contiguous() if turned and weight.quantized else form.dense(name)
+        for name, weight in form.weights.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
     for code in release.glob("*.py"):
         (folder / code.name).write_bytes(code.read_bytes())
     config = json.loads((release / "config.json").read_text())

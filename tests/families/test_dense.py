@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from qmerge.export import export
 from qmerge.pipeline import run
+from qmerge.plan import make_plan
 from tests import checkpoints
 from tests.families import rig
 
@@ -66,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi": OLD,
     "Phi3": {**SMALL, "sliding_window": 8},
     "Phi3 longrope": {**SMALL, "rope_parameters": LONG},
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 512},
     "OPT": {**OLD, **TIED, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "OPT projected": {
         **OLD,
@@ -87,10 +92,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere": {**SMALL, "logit_scale": 1.0},
     "Granite": SMALL,
 }
-FAST = ("Gemma2", "Phi3")
+FAST = ("Gemma2", "GPT2")
 DENSE = tuple(name for name in FAMILIES if name.startswith("Falcon"))
 """Families whose linears are of a class of their own, which bitsandbytes leaves as they are."""
-WRITTEN = ("Llama llama3", "Mistral", "Qwen2", "Gemma2", "Gemma3Text", "Phi", "OPT")
+WRITTEN = ("Llama llama3", "GPT2", "Mistral", "Qwen2", "Gemma2", "Gemma3Text", "Phi", "OPT")
 """Families that gptqmodel 7.6 quantizes and transformers loads again."""
 KERNEL = 3e-3
 """Relative difference that gptqmodel's kernels on a CPU bring, which decode to float16."""
@@ -125,8 +130,27 @@ def test_every_arm_equals_transformers_and_peft(
         rig.write_nf4(original, base, AutoModelForCausalLM)
     result = run(rig.recipe(base, adapter, out, eval_text))
     quantized = rig.dense(base, AutoModelForCausalLM)
-    release = rig.reopened(out, tmp_path / "decoded", AutoModelForCausalLM)
+    release = rig.reopened(out, tmp_path / "decoded", AutoModelForCausalLM, name == "GPT2")
     rig.check_arms(result, quantized, adapter, release, rig.windows(original, eval_text))
+
+
+def test_weights_that_lie_transposed_are_turned_and_turned_back(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    write("GPT2", tmp_path, tokenizer)
+    original, base = tmp_path / "original", tmp_path / "nf4"
+    rig.write_nf4(original, base, AutoModelForCausalLM)
+    export(base, tmp_path / "dense", dtype="float32")
+    name = "transformer.h.0.attn.c_proj.weight"  # square, so that no shape gives it away
+    exported = rig.dense(tmp_path / "dense", AutoModelForCausalLM).state_dict()[name]
+    decoded = rig.dense(base, AutoModelForCausalLM).state_dict()[name]
+    assert torch.equal(exported.T, decoded)
+    asked = rig.recipe(original, tmp_path / "adapter", tmp_path / "release", eval_text)
+    job = make_plan(replace(asked, base_quant="nf4,double")).ready()
+    assert torch.equal(job.base.tensor(name), decoded)
+    save_file({name: decoded.contiguous()}, tmp_path / "state.safetensors")
+    (fault,) = make_plan(replace(asked, partial_state=tmp_path / "state.safetensors")).faults
+    assert "keeps transposed" in fault.message
 
 
 @pytest.mark.slow
