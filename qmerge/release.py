@@ -98,7 +98,16 @@ def quantization_settings(job: Job) -> dict[str, Any]:
             if name in job.specs
         },
         kept=[module for name, module in linears.items() if name not in job.specs],
+        outside=_outside(job),
     )
+
+
+def _outside(job: Job) -> set[str]:
+    """Linears outside the layers by the names that they have on disk and in memory: readers that
+    would look for packed ones there go by the one or the other."""
+    stored, inside = job.base.names.stored, job.skeleton.linears()
+    elsewhere = [name for name in job.skeleton.replaceable() if name not in inside]
+    return {*elsewhere, *(module_of(stored[name + WEIGHT]) for name in elsewhere)}
 
 
 def write_papers(job: Job, folder: Path, result: RunResult) -> RunResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -33,11 +34,12 @@ def quantization_config(
     writer: str,
     quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
+    outside: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The `quantization_config` that readers of the format need.
 
     `quantized` and `kept` name the linears of the decoder layers that are packed, each with its
-    bits and group size, and that stay dense.
+    bits and group size, and that stay dense; `outside` are those elsewhere, as in a vision tower.
     """
     if form == "compressed-tensors":
         from qmerge.formats import compressed_tensors
@@ -48,9 +50,9 @@ def quantization_config(
             symmetric=symmetric,
             order=order,
             quantized=quantized,
-            kept=kept,
+            kept=[*kept, *outside],
         )
-    return gptq.quantization_config(
+    config = gptq.quantization_config(
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -61,6 +63,8 @@ def quantization_config(
         quantized=quantized,
         kept=kept,
     )
+    elsewhere: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(outside)}
+    return config | ({"dynamic": {**config.get("dynamic", {}), **elsewhere}} if elsewhere else {})
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:

@@ -181,7 +181,7 @@ def build_skeleton(
             if model_class is not None:
                 model = model_class(config)
             else:
-                model = _auto_class(config).from_config(
+                model = auto_class(config).from_config(
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
             # The loop over experts in float32; grouped kernels want bf16 and a device of their own.
@@ -215,7 +215,7 @@ def _turn(model: nn.Module) -> frozenset[str]:
     return frozenset(f"{name}{WEIGHT}" for name, _ in turned)
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """The family of classes that has the one the checkpoint names: with eyes, or for text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as known

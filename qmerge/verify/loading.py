@@ -59,6 +59,7 @@ def check_loading(
             str(folder),
             str(tokens),
             str(answer),
+            *(["trusted"] if trust_remote_code else []),
         ]
         ended = subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False

@@ -116,13 +116,46 @@ def test_every_arm_equals_transformers_and_peft_on_text(
     (original / "preprocessor_config.json").write_text("{}")
     rig.write_nf4(original, base, AutoModelForImageTextToText)
     (base / "preprocessor_config.json").write_text("{}")
-    result = run(rig.recipe(base, adapter, out, eval_text))
+    result = run(rig.recipe(base, spelt_before(adapter, tmp_path), out, eval_text))
     quantized = rig.dense(base, AutoModelForImageTextToText)
     release = rig.reopened(out, tmp_path / "decoded", AutoModelForImageTextToText)
     rig.check_arms(result, quantized, adapter, release, rig.windows(original, eval_text))
     assert (out / "preprocessor_config.json").read_text() == "{}"
     check_names(original, out, FAMILIES[name])
     check_merged(rig.dense(base, AutoModelForImageTextToText), adapter, release, FAMILIES[name])
+
+
+def spelt_before(adapter: Path, folder: Path) -> Path:
+    """The adapter with the names of a time when the language model had no part of its own."""
+    from safetensors.torch import load_file, save_file
+
+    old = folder / "spelt before"
+    old.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    before = {
+        name.replace("model.language_model.", "model.").replace(
+            "model.model.visual", "model.visual"
+        ): t
+        for name, t in tensors.items()
+    }
+    assert before.keys() != tensors.keys()
+    save_file(before, old / "adapter_model.safetensors")
+    (old / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
+    return old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2.5-VL"])
+def test_transformers_loads_the_release_through_gptqmodel(
+    name: str, tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gptqmodel")
+    write(name, tmp_path, tokenizer)
+    base, adapter, out = (tmp_path / part for part in ("original", "adapter", "release"))
+    run(rig.recipe(base, adapter, out, eval_text))
+    checks = verify(out, load=True).checks
+    assert not [check for check in checks if check.outcome == "fail"], checks
+    assert any(check.name == "perplexity-text" and check.outcome == "pass" for check in checks)
 
 
 def pictures(name: str) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
