@@ -25,6 +25,7 @@ from qmerge.model.layer import run as run_layer
 from qmerge.model.skeleton import build_skeleton
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
+from qmerge.progress import Silent
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.verify import Against, verify
 from tests import checkpoints
@@ -258,6 +259,29 @@ def test_calibration_on_text_with_images(
     checks = {check.name: check.outcome for check in verify(out, against=against).checks}
     assert checks["error"] == "pass"  # second moments of the same windows, images included
     assert checks["untouched"] == "pass"
+
+
+class Stopped(Silent):
+    """Ends a run when it comes to its second layer."""
+
+    def step(self, label: str) -> None:
+        if label == "layer 1":
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_on_images_goes_on_where_it_was_stopped(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    base, adapter, out, rows = illustrated("LLaVA", tokenizer, tmp_path)
+    asked = rig.recipe(base, adapter, out, eval_text, calibration=rows, sequence_length=64)
+    asked = replace(asked, calibration_samples=8, eval_windows=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, Stopped())
+    stopped = run(asked)
+    once = run(replace(asked, out=tmp_path / "once"))
+    shards = {name: digest for name, digest in once.release.files.items() if "model-" in name}
+    assert shards.items() <= stopped.release.files.items()
 
 
 def test_images_are_for_calibration_alone(tokenizer: Path, eval_text: Path, tmp_path: Path) -> None:
