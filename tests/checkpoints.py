@@ -140,6 +140,16 @@ def write_gptq(original: Path, folder: Path, **options: Any) -> None:
         model.save(str(folder))
 
 
+def read_gptq(folder: Path) -> Any:
+    """A packed model as gptqmodel itself loads it, without transformers' own loader."""
+    with _contained():
+        from gptqmodel import BACKEND, GPTQModel
+
+        return GPTQModel.load(
+            str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float32
+        ).model.eval()
+
+
 @contextlib.contextmanager
 def _contained() -> Iterator[None]:
     """gptqmodel prints to stdout, moves the hub's cache in the environment and opens the log."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from qmerge.errors import ModelError
 from qmerge.model.frame import Frame, probe
@@ -77,7 +78,10 @@ class State:
 
 
 def layer_weights(model: Any, path: str) -> dict[str, torch.Tensor]:
-    return model.get_submodule(path).state_dict()
+    """As linears have them, also where the model keeps them transposed."""
+    layer = model.get_submodule(path)
+    turned = {n: m for n, m in layer.named_modules() if isinstance(m, Conv1D)}
+    return layer.state_dict() | {f"{n}.weight": m.weight.T for n, m in turned.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
