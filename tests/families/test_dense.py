@@ -175,7 +175,7 @@ def test_gptqmodel_loads_the_release(
 
 @pytest.mark.slow
 def test_gptqmodel_writes_and_loads_gpt2(tokenizer: Path, eval_text: Path, tmp_path: Path) -> None:
-    """By itself: transformers 5.23 opens no packed GPT-2, it looks for the weights to initialize."""
+    """By itself: transformers 5.23 opens no packed GPT-2."""
     pytest.importorskip("gptqmodel")
     write("GPT2", tmp_path, tokenizer)
     original, adapter, out = (tmp_path / part for part in ("original", "adapter", "release"))
