@@ -143,11 +143,9 @@ def write_gptq(original: Path, folder: Path, **options: Any) -> None:
 def read_gptq(folder: Path) -> Any:
     """A packed model as gptqmodel itself loads it, without transformers' own loader."""
     with _contained():
-        from gptqmodel import BACKEND, GPTQModel
+        from gptqmodel import GPTQModel
 
-        return GPTQModel.load(
-            str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float32
-        ).model.eval()
+        return GPTQModel.load(str(folder), device="cpu", dtype=torch.float32).model.eval()
 
 
 @contextlib.contextmanager
