@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qmerge.export import export
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
+from qmerge.recipe import Recipe
 from tests import checkpoints
 from tests.families import rig
 
@@ -140,7 +141,7 @@ def test_weights_that_lie_transposed_are_turned_and_turned_back(
     write("GPT2", tmp_path, tokenizer)
     original, base = tmp_path / "original", tmp_path / "nf4"
     rig.write_nf4(original, base, AutoModelForCausalLM)
-    export(base, tmp_path / "dense", dtype="float32")
+    export(Recipe(base=base, out=tmp_path / "dense"), dtype="float32")
     name = "transformer.h.0.attn.c_proj.weight"  # square, so that no shape gives it away
     exported = rig.dense(tmp_path / "dense", AutoModelForCausalLM).state_dict()[name]
     decoded = rig.dense(base, AutoModelForCausalLM).state_dict()[name]
