@@ -16,6 +16,7 @@ from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
 from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.names import WEIGHT, Unit, module_of
@@ -42,17 +43,30 @@ def waiting_bytes(skeleton: Skeleton) -> int:
     """Bytes per token of a forward that waits before a linear: what goes into the layer and into
     the module, and about half of what the layer's linears put out, which the module still names."""
     prefix = skeleton.layer_path(0) + "."
-    outs = sum(m.out_features for name, m in skeleton.linears().items() if name.startswith(prefix))
-    return 4 * (2 * int(text_config(skeleton.model.config).hidden_size) + outs // 2)
+    # Experts work in turn: what goes into all of them is held, and what came out so far.
+    experts = {module_of(part) for fusion in skeleton.fusions for part in fusion.parts}
+    outs = sum(
+        linear.out_features
+        for name, linear in skeleton.linears().items()
+        if name.startswith(prefix) and name not in experts
+    )
+    held = 4 if experts else 2
+    return 4 * (held * int(text_config(skeleton.model.config).hidden_size) + outs // 2)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
-    """Bytes of work on one layer's weights: decoded, merged and quantized copies, and Hessians."""
-    parameters = sum(
-        p.numel() for p in skeleton.model.get_submodule(skeleton.layer_path(0)).parameters()
-    )
+    """Bytes of work on the largest layer's weights: decoded, merged and quantized copies, Hessians;
+    for experts also the fused copy that an adapter works on, and the Hessians of many at once."""
     widest = max(module.in_features for module in skeleton.linears().values())
-    return 4 * (4 * int(parameters) + 4 * widest * widest)
+    sizes = []
+    for index in range(skeleton.layer_count):
+        layer = skeleton.model.get_submodule(skeleton.layer_path(index))
+        numbers = 4 * sum(parameter.numel() for parameter in layer.parameters())
+        for _, block in blocks_of(layer):
+            numbers += sum(parameter.numel() for parameter in block.parameters())
+            numbers += min(len(block.experts) * widest * widest, HESSIAN_BYTES // 4)
+        sizes.append(numbers)
+    return 4 * (int(max(sizes)) + 4 * int(widest) ** 2)
 
 
 def working_bytes(skeleton: Skeleton, tokens: int) -> int:

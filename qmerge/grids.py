@@ -10,6 +10,7 @@ from qmerge.errors import Fault
 from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
+from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import join, matches, module_of
 from qmerge.recipe import Recipe
@@ -62,6 +63,16 @@ def torn(
                 for names in fused
                 if len({specs.get(name) for name in names}) > 1
             ]
+    for path, block in blocks_of(skeleton.model):
+        used = {specs.get(join(path, module_of(name))) for name, _ in block.named_parameters()}
+        if len(used) > 1:
+            faults.append(
+                Fault(
+                    where="--override",
+                    message=f"gives experts of {path}, which servers run together, different grids",
+                    hint="let the pattern fit all experts of a block or none: '*.experts.*'",
+                )
+            )
     return faults
 
 

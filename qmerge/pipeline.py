@@ -46,6 +46,7 @@ from qmerge.release import (
 )
 from qmerge.report.plan import needs
 from qmerge.results import (
+    FEW_TOKENS,
     ArmScore,
     Candidate,
     Change,
@@ -367,8 +368,13 @@ def _on_disk(job: Job, name: str) -> str:
 def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:
     for layer in layers:
         for linear in layer.linears:
-            if linear.fallback:
+            if linear.fallback and linear.fallback != FEW_TOKENS:
                 yield f"{linear.name}: {linear.fallback}"
+        few = {module_of(each.name): each.tokens for each in layer.linears
+               if each.fallback and FEW_TOKENS in each.fallback}  # fmt: skip
+        if few:
+            named = ", ".join(f"{expert} ({tokens})" for expert, tokens in few.items())
+            yield f"experts that too few tokens chose, calibrated with all tokens: {named}"
 
 
 def _publish(walk: Walk, result: RunResult, chosen: str, asked: str) -> RunResult:

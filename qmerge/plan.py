@@ -8,11 +8,13 @@ before it began.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmerge.adapters import open_adapter
 from qmerge.corpus import Corpus
-from qmerge.errors import Fault, ModelError, PlanError, RecipeError
+from qmerge.errors import Fault, ModelError, PlanError, QmergeError, RecipeError
 from qmerge.estimate import room_faults, summarize, waiting_bytes, working_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader
@@ -45,6 +47,12 @@ from qmerge.tuning import Tuning, base_notes, open_tuning
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
+FEWEST_OUTPUTS = 8
+FUSED_IN_16 = (
+    "the experts are taken in 16 bits: training that keeps them fused, as transformers 5 does,"
+    " quantizes the other linears only"
+)
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 OFFLINE_CALIBRATION = "pydoc"
 
 
@@ -155,17 +163,39 @@ def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weigh
     """The base as the adapter saw it, and how that is known."""
     folders = tuple(each.folder for each in recipe.adapters())
     loaded = decide(recipe.base_quant, base.format.summary, folders)
-    return (_simulated(skeleton, base, loaded.quant) if loaded.quant else base), loaded
+    quant = loaded.quant
+    if quant is None:
+        return base, loaded
+    single = not skeleton.fusions or any(_tunes_single_experts(folder) for folder in folders)
+    notes = () if single else (FUSED_IN_16,)
+    loaded = dataclasses.replace(loaded, notes=(*loaded.notes, *notes))
+    return _simulated(skeleton, base, quant, single_experts=single), loaded
 
 
-def _simulated(skeleton: Skeleton, base: Weights, quant: BaseQuant) -> Weights:
-    """The base as training quantized it on the fly."""
+def _simulated(
+    skeleton: Skeleton, base: Weights, quant: BaseQuant, *, single_experts: bool
+) -> Weights:
+    """The base as training quantized it on the fly.
+
+    bitsandbytes quantizes linears. Experts were such while each was a module; fused ones it leaves.
+    """
     chosen = [name for name in skeleton.replaceable() if quant.quantizes(name)]
+    if not single_experts:
+        fused = _fused_experts(skeleton)
+        chosen = [name for name in chosen if name not in fused]
     names = [base.names.stored[name + WEIGHT] for name in chosen]
     turned = [base.names.stored[name] for name in skeleton.turned]
     return dataclasses.replace(
         base, format=SimulatedReader(base.checkpoint, base.format, names, quant, turned)
     )
+
+
+def _tunes_single_experts(folder: Path) -> bool:
+    """Whether an adapter was trained while each expert was a module of its own."""
+    try:
+        return any(SINGLE_EXPERT.search(name) for name in open_adapter(folder).tensors)
+    except QmergeError:  # told where the adapter is opened to be merged
+        return False
 
 
 def _check_out(recipe: Recipe, faults: Faults) -> None:
@@ -268,14 +298,24 @@ def _settings(recipe: Recipe, base: Weights) -> Settings:
 
 
 def _targets(base: Weights, skeleton: Skeleton) -> frozenset[str]:
-    """The linears that the base has quantized; every linear in the layers of a dense base."""
-    linears = frozenset(skeleton.linears())
+    """The linears that the base has quantized; of a dense base every linear in the layers but
+    gates of a few outputs, which cost nothing in 16 bits and which no format packs."""
+    linears = frozenset(
+        name for name, module in skeleton.linears().items() if module.out_features >= FEWEST_OUTPUTS
+    )
     quantized = {
         module_of(parameter)
         for parameter, stored in base.names.stored.items()
         if base.format.weights[stored].quantized
     }
+    if quantized and base.format.summary.method == "bitsandbytes":
+        quantized |= _fused_experts(skeleton)  # it cannot quantize those, wanted or not
     return linears & quantized if quantized else linears
+
+
+def _fused_experts(skeleton: Skeleton) -> set[str]:
+    """Linears that transformers keeps in one parameter with others."""
+    return {module_of(part) for fusion in skeleton.fusions for part in fusion.parts}
 
 
 def _strategies(

@@ -82,7 +82,7 @@ def write_config(job: Job, folder: Path) -> dict[str, str]:
 def quantization_settings(job: Job) -> dict[str, Any]:
     """The `quantization_config` of the release: the keys that transformers and servers read."""
     stored = job.base.names.stored
-    linears = {name: module_of(stored[name + WEIGHT]) for name in job.skeleton.linears()}
+    matrices = {name: module_of(stored[name + WEIGHT]) for name in job.skeleton.matrices()}
     spec = job.settings.spec
     return quantization_config(
         job.settings.format,
@@ -94,10 +94,10 @@ def quantization_settings(job: Job) -> dict[str, Any]:
         writer=f"qmerge:{__version__}",
         quantized={
             module: (job.specs[name].bits, job.specs[name].group_size)
-            for name, module in linears.items()
+            for name, module in matrices.items()
             if name in job.specs
         },
-        kept=[module for name, module in linears.items() if name not in job.specs],
+        kept=[module for name, module in matrices.items() if name not in job.specs],
         outside=_outside(job),
     )
 

@@ -153,6 +153,10 @@ class Remedy:
     extra_bytes: int = 0
 
 
+FEW_TOKENS = "too few tokens chose this expert: calibrated with all"
+"""The fallback of an expert's linear whose own tokens would not do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
     """One requantized linear. `anchored` is the share of its rows on the base's own grid, `kappa`
@@ -169,6 +173,8 @@ class LinearResult:
     error: float | None = None
     damping: float | None = None
     fallback: str | None = None
+    tokens: int | None = None
+    """Of an expert: how many calibration tokens chose it."""
     survival: Survival | None = None
 
 

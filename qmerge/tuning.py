@@ -19,6 +19,7 @@ from qmerge.adapters import (
 from qmerge.adapters.source import read_headers, rows_of_vocabulary
 from qmerge.errors import AdapterError, Fault
 from qmerge.job import Faults
+from qmerge.model.changed import on_opened
 from qmerge.model.reshape import Shape, reshape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -69,12 +70,12 @@ def open_tuning(
             faults.found += selection.faults()
     if shape is not None and recipe.partial_state is not None:
         with faults.at("--partial-state"):
-            model = _after(links, shape.skeleton).model
+            model = _after(links, shape.skeleton).fused
             links.append(overlay(model, recipe.partial_state))
     faults.found += _left_beside(recipe, adapters)
     if skeleton is None or shape is None or not links:
         return None
-    change = links[0] if len(links) == 1 else Chain(links=tuple(links))
+    change = on_opened(shape.skeleton, links[0] if len(links) == 1 else Chain(links=tuple(links)))
     if change.faults:
         faults.found += change.faults
         return None
@@ -116,14 +117,14 @@ def _links(
     weights = [each.weight for each in recipe.adapters()]
     if recipe.combine is not None and adapters:
         combined = combine(
-            skeleton.model, adapters, weights, recipe.combine,
+            skeleton.fused, adapters, weights, recipe.combine,
             density=recipe.density, seed=recipe.seed,
         )  # fmt: skip
         adapters, weights = [combined], [1.0]
     links: list[Change] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         made = inject(
-            _after(links, skeleton).model,
+            _after(links, skeleton).fused,
             adapter,
             weight=weight,
             selected=selection,

@@ -108,7 +108,9 @@ FILES = {
     "gptq": ("grid", "factor", "hessian", "target", "solver", "refine", "update"),
     "measure": ("tokens", "statistics", "pairing", "survival", "remedy", "worst", "gate"),
     "model": (
+        "experts",
         "skeleton",
+        "changed",
         "layer",
         "paused",
         "residual",

@@ -60,7 +60,7 @@ class Overlay:
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Every parameter by plain relative name."""
-        return {name: parameter.data for name, parameter in module.named_parameters()}
+        return unit.plain_tensors(module)
 
 
 def overlay(model: Any, file: Path) -> Overlay:

@@ -119,7 +119,10 @@ class Slot(NamedTuple):
         return parameter
 
     def put(self, tensor: torch.Tensor) -> None:
-        self.owner._parameters[self.attribute] = nn.Parameter(tensor, requires_grad=False)
+        if self.attribute in self.owner._buffers:
+            self.owner._buffers[self.attribute] = tensor
+        else:
+            self.owner._parameters[self.attribute] = nn.Parameter(tensor, requires_grad=False)
 
 
 def base_slots(module: nn.Module, path: str = "") -> Iterator[Slot]:
@@ -130,6 +133,23 @@ def base_slots(module: nn.Module, path: str = "") -> Iterator[Slot]:
             yield Slot(join(path, name), module, name)
     for name, child in module.named_children():
         yield from base_slots(child, path if isinstance(module, Held) else join(path, name))
+
+
+def buffer_slots(module: nn.Module, path: str = "") -> Iterator[Slot]:
+    """Every buffer below `module` that a checkpoint holds, such as what corrects a router."""
+    module = base_of(module)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield Slot(join(path, name), module, name)
+    for name, child in module.named_children():
+        yield from buffer_slots(child, path if isinstance(module, Held) else join(path, name))
+
+
+def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a module that is not adapted, by name."""
+    buffers = {slot.name: slot.owner._buffers[slot.attribute] for slot in buffer_slots(module)}
+    parameters = {name: parameter.data for name, parameter in module.named_parameters()}
+    return parameters | {name: tensor for name, tensor in buffers.items() if tensor is not None}
 
 
 def changed_parameters(module: nn.Module) -> set[str]:
@@ -193,7 +213,7 @@ def put(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[str, ..
 
     What an adapter changes is copied: PEFT works on base weights in place, and these are not ours.
     """
-    slots = {slot.name: slot for slot in base_slots(module)}
+    slots = {slot.name: slot for slot in (*base_slots(module), *buffer_slots(module))}
     adapted = {id(slot.owner) for _, top in adapted_modules(module) for slot in base_slots(top)}
     for name, tensor in tensors.items():
         if name in slots:
@@ -294,7 +314,7 @@ def merge_out(tuner: Any, root: nn.Module) -> dict[str, torch.Tensor]:
         shell._unload_and_optionally_merge(merge=True, progressbar=False)
         _unwrap(root)
     plain = root.held if isinstance(root, Held) else root
-    return {name: parameter.data for name, parameter in plain.named_parameters()}
+    return plain_tensors(plain)
 
 
 def _unwrap(root: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
+from qmerge.model.experts import opened
 from qmerge.model.layer import (
     Call,
     Hidden,
@@ -31,7 +32,7 @@ from qmerge.model.layer import (
     window_axes,
 )
 from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
-from qmerge.names import module_of
+from qmerge.names import module_of, under
 
 Inputs = Mapping[str, torch.Tensor]
 """What a model takes beside its tokens, by name; joined over windows along the first axis."""
@@ -52,7 +53,7 @@ class Frame:
     """One arm's embedding, final norm and head around absent decoder layers."""
 
     def __init__(self, skeleton: Skeleton, weights: OuterWeights) -> None:
-        self._model: Any = copy.deepcopy(skeleton.model)
+        self._model: Any = copy.deepcopy(skeleton.fused)
         self._layers = [
             self._model.get_submodule(skeleton.layer_path(i)) for i in range(skeleton.layer_count)
         ]
@@ -301,6 +302,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     siblings = set()
     config = copy.deepcopy(skeleton.model.config)
     text = text_config(config)
+    layers = max(layers, _layers_of_every_kind(skeleton))
     kinds = getattr(text, "layer_types", None)
     if kinds:
         layers = max(layers, 1 + max(kinds.index(kind) for kind in set(kinds)))
@@ -314,7 +316,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
     state = _random_state(small, generator)
-    model = copy.deepcopy(small.model)
+    model = copy.deepcopy(small.fused)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     try:
@@ -324,8 +326,9 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
         hidden, _ = frame.enter(ids)
         for index, call in enumerate(frame.calls(tokens)):
             layer = small.layer(index)
-            path = small.layer_path(index) + "."
-            fill(layer, {k[len(path) :]: v for k, v in state.items() if k.startswith(path)})
+            path = small.layer_path(index)
+            own = {n: t for full, t in state.items() if (n := under(full, path)) is not None}
+            fill(layer, opened(small.fusions, path, own))
             siblings |= {*sibling_groups(layer, hidden, call, linears(layer))}
             hidden = run(layer, hidden, call)
         rows = frame.leave(hidden).flatten(0, 1)
@@ -352,13 +355,33 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
 
 def _random_state(skeleton: Skeleton, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Values for all that text passes through, loud enough for the logits to differ."""
-    tower = skeleton.tower()
-    state = {}
-    for name, meta in skeleton.parameters().items():
-        if name not in tower:
-            noise = torch.randn(meta.shape, generator=generator)
-            state[name] = noise / meta.shape[-1] ** 0.5 if meta.ndim > 1 else 1 + 0.1 * noise
-    return state
+    tower, aliases = skeleton.tower(), skeleton.tied()
+    return {
+        name: _random(meta.shape, generator)
+        for name, meta in skeleton.fused.state_dict().items()
+        if name not in tower and name not in aliases
+    }
+
+
+def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Those of stacked experts overlap in memory, each a row further than the one before: hundreds
+    of experts differ and take the memory of one."""
+    if len(shape) == 3:
+        experts, rows, columns = shape
+        shared = torch.randn(experts + rows, columns, generator=generator)
+        return shared.div_(columns**0.5).unfold(0, rows, 1)[:experts].transpose(1, 2)
+    noise = torch.randn(shape, generator=generator)
+    return noise.div_(shape[-1] ** 0.5) if len(shape) > 1 else noise.mul_(0.1).add_(1)
+
+
+def _layers_of_every_kind(skeleton: Skeleton) -> int:
+    """The first so many layers that have one of each make among them: dense and with experts."""
+    seen: dict[frozenset[tuple[str, torch.Size]], int] = {}
+    for index in range(skeleton.layer_count):
+        layer = skeleton.fused.get_submodule(skeleton.layer_path(index))
+        make = frozenset((name, tensor.shape) for name, tensor in layer.state_dict().items())
+        seen.setdefault(make, index + 1)
+    return max(seen.values())
 
 
 class _StateWeights:

@@ -147,14 +147,17 @@ def sibling_groups(
     """Linears in the order they run, those that read the very same tensor together.
 
     Such siblings (q/k/v, gate/up) share a Hessian, and servers fuse them. Found by running one
-    window; linears that did not run (an expert without tokens) are groups of their own at the end.
+    window; linears that did not run are groups of their own at the end.
     """
     seen: list[tuple[torch.Tensor, list[str]]] = []
 
     def note(name: str, inputs: torch.Tensor) -> None:
         for tensor, members in seen:
             if tensor is inputs or (
-                tensor.data_ptr() == inputs.data_ptr() and tensor.shape == inputs.shape
+                # Experts that no token chose all read nothing, at no address.
+                inputs.numel()
+                and tensor.data_ptr() == inputs.data_ptr()
+                and tensor.shape == inputs.shape
             ):
                 members.append(name)
                 return

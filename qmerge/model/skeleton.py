@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from qmerge.errors import ModelError
-from qmerge.names import WEIGHT, NameMap, Unit, common_unit, under
+from qmerge.model.experts import Fusion, find_fusions, open_experts
+from qmerge.names import WEIGHT, NameMap, Unit, common_unit, module_of, under
 
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
@@ -28,6 +29,12 @@ class Skeleton:
     """A causal language model on the meta device and where its decoder layers are."""
 
     model: Any
+    """As it is walked and stored: each expert's linears are linears."""
+    fused: Any
+    """As transformers builds it, which is what adapters are made for; the same model where its
+    experts are not fused."""
+    fusions: tuple[Fusion, ...]
+    """What differs between the two."""
     layers_path: str
     layer_count: int
     restated: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +106,16 @@ class Skeleton:
         language = (self.model.get_decoder(), self.model.get_output_embeddings())
         paths = [name for name, module in self.model.named_modules() if module in language]
         return frozenset(n for n in self.parameters() if not any(under(n, p) for p in paths))
+
+    def matrices(self) -> tuple[str, ...]:
+        """Modules inside the decoder layers whose weight is a matrix, linears and others such as
+        routers, which servers run as linears."""
+        inside = f"{self.layers_path}."
+        return tuple(
+            module_of(name)
+            for name, tensor in self.parameters().items()
+            if name.startswith(inside) and name.endswith(WEIGHT) and tensor.dim() == 2
+        )
 
     def units(self) -> tuple[Unit, ...]:
         """The walk's order: what comes before the layers, each layer, and what comes after."""
@@ -196,8 +213,13 @@ def build_skeleton(
     model.eval()
     model.tie_weights()
     count = int(text_config(config).num_hidden_layers)
+    fusions = find_fusions(model)
+    opened = copy.deepcopy(model) if fusions else model
+    open_experts(opened, fusions)
     return Skeleton(
-        model=model,
+        model=opened,
+        fused=model,
+        fusions=fusions,
         layers_path=_find_layers(model, count),
         layer_count=count,
         turned=turned,
@@ -258,7 +280,12 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
     model = skeleton.model
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    apart = {tuple(fusion.converter.source_patterns) for fusion in skeleton.fusions}
+    converters = [
+        entry
+        for entry in mapping
+        if isinstance(entry, WeightConverter) and tuple(entry.source_patterns) not in apart
+    ]
     known = model.state_dict()
     parameters = skeleton.parameters()
     aliases = skeleton.tied()

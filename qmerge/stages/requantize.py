@@ -14,7 +14,7 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +25,12 @@ from qmerge.gptq import Drift, Grid, GridSpec, Hessian, Update, expressible, sol
 from qmerge.job import Settings
 from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
+from qmerge.model.experts import CHOICE, HESSIAN_BYTES, blocks_of, calibrating
 from qmerge.model.layer import Call, Hidden, forward, sibling_groups
 from qmerge.model.paused import Forward, watched
 from qmerge.model.residual import residual_places
-from qmerge.results import LinearResult, Remedy, Survival
+from qmerge.names import join, under
+from qmerge.results import FEW_TOKENS, LinearResult, Remedy, Survival
 from qmerge.stages.remedies import alternatives
 
 ReadWindows = Callable[[int, int], tuple[Hidden, Call]]
@@ -135,6 +137,15 @@ class Requantizer:
         self._modules = {name: layer.get_submodule(name) for name in weights}
         self._twins = {name: reference.get_submodule(name) for name in weights}
         self._places: dict[str, str] = {}
+        self._blocks = dict(blocks_of(layer))
+        self._routed = {
+            name: (path, int(inside.partition(".")[0]))
+            for path in self._blocks
+            for name in weights
+            if (inside := under(name, path)) is not None
+        }
+        """Linears of experts, and whose. Routing differs between the release and the reference:
+        what the latter feeds them are other tokens."""
 
     def run(self, calibration: Calibration) -> Iterator[tuple[Hidden, Hidden | None]]:
         """Quantize everything; outputs of the release's layer and of the reference's, in order."""
@@ -142,26 +153,72 @@ class Requantizer:
         siblings = sibling_groups(self._reference, first, call, self._twins)
         groups = [own for group in siblings for own in self._alike(group)]
         if calibration.read_reference is not None:
-            places = residual_places(self._reference, first, call, self._twins)
+            alike = {name: m for name, m in self._twins.items() if name not in self._routed}
+            places = residual_places(self._reference, first, call, alike)
             self._places = {name: place for name, place in places.items() if (name,) in groups}
-        heads = [group[0] for group in groups]
-        stops = set(heads)
+        stops = {group[0] for group in groups}
+        stops |= {join(path, CHOICE) for path, _ in self._routed.values()}
         with (
-            watched(self._layer, {name: self._modules[name] for name in heads}, self._places),
-            watched(self._reference, {name: self._twins[name] for name in heads}, self._places),
+            calibrating(self._layer),
+            watched(self._layer, _modules(self._layer, stops), self._places),
+            watched(self._reference, _modules(self._reference, stops), self._places),
         ):
             waiting = [*self._pairs(calibration, stops)] if calibration.waiting else None
-            for group in groups:
-                moments = self._moments(group)
-                for pair in waiting or self._pairs(calibration, {group[0]}):
-                    if pair.reach(group[0]):
-                        moments.add(pair)
+
+            def arrivals(*names: str) -> Iterator[tuple[str, Pair]]:
+                """Every micro-batch when it waits before each of these, in the layer's order."""
+                ahead: set[str] = set()
+                for pair in waiting or self._pairs(calibration, ahead):
+                    ahead.update(names)
+                    for name in names:
+                        if pair.reach(name):
+                            yield name, pair
+                        ahead.discard(name)
                     if not waiting:
                         pair.drop()
-                self._quantize(group, moments)
-                stops.remove(group[0])
+
+            for wave in self._waves(groups, together=not waiting):
+                stops.difference_update(self._count(wave[0][0], arrivals))
+                moments = {group[0]: self._moments(group) for group in wave}
+                for name, pair in arrivals(*moments):
+                    moments[name].add(pair)
+                for group in wave:
+                    self._quantize(group, moments[group[0]])
+                stops.difference_update(moments)
             for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
+
+    def _waves(self, groups: Sequence[Group], *, together: bool) -> Iterator[tuple[Group, ...]]:
+        """Groups that are observed in one pass, in the order of their work.
+
+        One by one where forwards wait for each. Where they are run anew for each pass, that many
+        experts in one do the same as their Hessians take a stated memory.
+        """
+        waves: dict[object, list[Group]] = {}
+        for group in groups:
+            expert = self._routed.get(group[0]) if together else None
+            alike = (expert[0], group[0].rpartition(".")[2]) if expert else group
+            waves.setdefault(alike, []).append(group)
+        for wave in waves.values():
+            width = self._weights[wave[0][0]].merged_OI.shape[1]
+            at_once = max(1, HESSIAN_BYTES // (4 * width * width))
+            for start in range(0, len(wave), at_once):
+                yield tuple(wave[start : start + at_once])
+
+    def _count(self, name: str, arrivals: Callable[[str], Iterator[tuple[str, Pair]]]) -> set[str]:
+        """Before the first expert of a block is run: how many tokens chose each of its experts.
+
+        Returns the places that forwards need no longer stop at.
+        """
+        path, _ = self._routed.get(name, ("", 0))
+        block = self._blocks.get(path)
+        if block is None or block.chosen is not None:
+            return set()
+        place = join(path, CHOICE)
+        chosen = [pair.release.inputs for _, pair in arrivals(place)]
+        counted = [block.count(index_TK) for index_TK in chosen if index_TK is not None]
+        block.chosen = [sum(each) for each in zip(*counted, strict=True)]
+        return {place}
 
     def _pairs(self, calibration: Calibration, stops: Collection[str]) -> Iterator[Pair]:
         """Forwards of every micro-batch, not yet begun."""
@@ -183,9 +240,10 @@ class Requantizer:
         def drift(rows: int) -> Drift:
             return Drift(rows, width, dtype=weight.dtype, device=weight.device)
 
+        paired = self._settings.asymmetric and group[0] not in self._routed
         return Moments(
             hessian=Hessian(width, dtype=weight.dtype, device=weight.device),
-            drift=drift(width) if self._settings.asymmetric else None,
+            drift=drift(width) if paired else None,
             residual=drift(out) if group[0] in self._places else None,
         )
 
@@ -259,6 +317,7 @@ class Requantizer:
         )
         power = output_power(weight.merged_OI, H_II)
         lost = f"{dropped} calibration tokens were not finite" if dropped else None
+        tokens, few = self._tokens(name)
         self.results[name] = LinearResult(
             name=name,
             bits=spec.bits,
@@ -269,9 +328,24 @@ class Requantizer:
             loss=solution.loss,
             error=solution.loss / power if power > 0 else None,
             damping=solution.damping,
-            fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
+            fallback="; ".join(filter(None, (few, solution.fallback, lost))) or None,
+            tokens=tokens,
             survival=_survival(weight, update, H_II),
         )
+
+    def _tokens(self, name: str) -> tuple[int | None, str | None]:
+        """How many calibration tokens chose an expert, and what was done where they are few."""
+        if name not in self._routed:
+            return None, None
+        path, number = self._routed[name]
+        block = self._blocks[path]
+        assert block.chosen is not None
+        tokens = block.chosen[number]
+        return tokens, FEW_TOKENS if tokens < block.least else None
+
+
+def _modules(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    return {name: layer.get_submodule(name) for name in names}
 
 
 def _base_grid(bases: Sequence[IntegerWeight | None], settings: Settings) -> Grid | None:

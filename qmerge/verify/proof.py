@@ -10,16 +10,19 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qmerge.errors import PlanError, RecipeError
 from qmerge.gptq import Hessian
 from qmerge.job import Job
 from qmerge.measure import linear_survival, pool_survival, relative_error
+from qmerge.model.experts import calibrating, count_choices
 from qmerge.model.frame import Frame
-from qmerge.model.layer import before_linears, fill, move, run, sibling_groups
+from qmerge.model.layer import Call, before_linears, fill, move, run, sibling_groups
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
@@ -231,14 +234,21 @@ class _Text:
             group[0]: Hessian(self._width(unit, group[0]), device=self.job.device)
             for group in groups
         }
-        with before_linears(
-            layer, {name: modules[name] for name in moments}, lambda n, x: moments[n].add(x)
+        with (
+            calibrating(layer, count_choices(layer, self._forwards(layer, call))),
+            before_linears(
+                layer, {name: modules[name] for name in moments}, lambda n, x: moments[n].add(x)
+            ),
         ):
-            for start, stop in self._batches():
-                hidden = self.streams.read(TEXT, start, stop).to(self.job.device)
-                self.streams.append(TEXT, run(layer, hidden, call.part(start, stop)))
+            for forward in self._forwards(layer, call):
+                self.streams.append(TEXT, forward())
         self.streams.turn()
         return {name: moments[group[0]] for group in groups for name in group}
+
+    def _forwards(self, layer: nn.Module, call: Call) -> Iterator[Callable[[], torch.Tensor]]:
+        for start, stop in self._batches():
+            hidden = self.streams.read(TEXT, start, stop).to(self.job.device)
+            yield partial(run, layer, hidden, call.part(start, stop))
 
     def _width(self, unit: Unit, name: str) -> int:
         return self.release.shape(join(unit.path, name) + WEIGHT)[1]

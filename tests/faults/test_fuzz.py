@@ -160,7 +160,7 @@ def check_adapters(folders: dict[str, Path], cases: int, seed: int) -> None:
 
     def act() -> None:
         adapter = open_adapter(folders["adapter"])
-        inject(skeleton.model, adapter, allow_noop=True)
+        inject(skeleton.fused, adapter, allow_noop=True)
 
     file = folders["adapter"] / "adapter_config.json"
     fuzz(file, act, cases, seed, least_refused=0.3)

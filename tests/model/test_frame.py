@@ -10,6 +10,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from qmerge.errors import ModelError
+from qmerge.model.experts import opened
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import before_linears, fill, linears, run, sibling_groups
 from qmerge.model.skeleton import Skeleton, build_skeleton
@@ -27,6 +28,18 @@ SMALL = {
 }
 HEAD = {"head_dim": 16}
 MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
 GPT = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads",)}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": SMALL,
@@ -46,6 +59,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {**GPT, "ffn_dim": 96, "word_embed_proj_dim": 64},
     "Qwen3Moe": {**SMALL, **HEAD, **MOE},
     "Mixtral": {**SMALL, "num_local_experts": 4},
+    "Qwen2Moe": {**SMALL, **MOE, "shared_expert_intermediate_size": 64},
+    "DeepseekV2": {**SMALL, **MLA},
+    "DeepseekV3": {**SMALL, **MLA, "n_group": 2, "topk_group": 1},
+    "GptOss": {**SMALL, **HEAD, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -94,7 +111,8 @@ def test_streamed_equals_forward(name: str) -> None:
     hidden, _ = frame.enter(tokens)
     for index, call in enumerate(frame.calls(tokens.shape[1])):
         layer = skeleton.layer(index)
-        fill(layer, layer_weights(model, skeleton.layer_path(index)))
+        path = skeleton.layer_path(index)
+        fill(layer, opened(skeleton.fusions, path, layer_weights(model, path)))
         hidden = run(layer, hidden, call)
     rows = frame.leave(hidden).flatten(0, 1)
     slices = [frame.logits(rows, at, frame.head_rows(at, at + 128)) for at in range(0, 300, 128)]

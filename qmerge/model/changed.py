@@ -1,0 +1,83 @@
+"""A change of the model that transformers builds, seen from the one that is walked.
+
+Adapters are made for fused experts. Their names are opened, base weights are fused before the
+adapter gets them, and what was merged is taken apart again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qmerge.adapters import Change
+from qmerge.errors import Fault
+from qmerge.model.experts import Fusion, closed, opened
+from qmerge.model.skeleton import Skeleton
+
+PATH = "_qmerge_opened_path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedChange:
+    """A change whose experts are single linears."""
+
+    change: Change
+    fusions: Mapping[str, Fusion]
+    """By fused parameter."""
+    touched: frozenset[str]
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        return self.change.faults
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.change.notes
+
+    @property
+    def renamed(self) -> Mapping[str, str]:
+        return self.change.renamed
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return self.change.left_out
+
+    @property
+    def unties(self) -> bool:
+        return self.change.unties
+
+    def supplies(self, parameter: str, start: int) -> bool:
+        """Whether the change itself brings the rows of a parameter from `start` on."""
+        return self.change.supplies(parameter, start)
+
+    def live(self, path: str) -> nn.Module:
+        """The change's own live module, with fused experts."""
+        module = self.change.live(path)
+        module.__dict__[PATH] = path
+        return module
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put base weights into a live module; those of a fused parameter all at once."""
+        path = module.__dict__[PATH]
+        self.change.fill(module, closed(self.fusions.values(), path, tensors))
+
+    def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Every parameter of the opened module by plain relative name."""
+        path = module.__dict__[PATH]
+        return opened(self.fusions.values(), path, self.change.merge(module))
+
+
+def on_opened(skeleton: Skeleton, change: Change) -> Change:
+    """A change of `skeleton.fused` as one of `skeleton.model`."""
+    if not skeleton.fusions:
+        return change
+    fusions = {fusion.parameter: fusion for fusion in skeleton.fusions}
+    touched = frozenset(
+        part
+        for name in change.touched
+        for part in (fusions[name].parts if name in fusions else (name,))
+    )
+    return OpenedChange(change=change, fusions=fusions, touched=touched)
