@@ -28,8 +28,10 @@ PAPERS_BYTES = 300 << 10
 """Journal, card and report of a release: a small model's with two corpora."""
 PAPERS_SECONDS = 3.0
 """Digests of small files, the report's plots and the last rename, on one core of 2023."""
-DECODING = 0.5
-"""Decoding and merging a weight, against what rounding one takes beside products."""
+BESIDE = 128 << 20
+"""Bytes that a run of any size takes: what the allocator keeps, digests, the report's plots."""
+DECODING = 20
+"""Passes over a weight that decoding and merging it take."""
 
 
 def token_bytes(skeleton: Skeleton) -> int:
@@ -175,7 +177,7 @@ def memory_bytes(job: Job) -> int:
     vocabulary = _vocabulary(job)
     windows = max(corpus.tokens.shape[0] for corpus in job.evaluation)
     a_window = 4 * length * min(ROWS_AT_ONCE, vocabulary) * len(arm_names(job))
-    return max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
+    return BESIDE + max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
 
 
 def room_faults(job: Job) -> list[Fault]:
@@ -233,7 +235,7 @@ def seconds(job: Job) -> dict[str, float]:
     a_logit = machine.scoring_seconds(device) + _width(job) * machine.product_seconds(device)
     weights = sum(p.numel() for p in job.skeleton.parameters().values())
     opened = 1 + (job.original is not None) + (job.previous is not None) + len(job.strategies)
-    a_weight = DECODING * machine.rounding_seconds(device).per_weight
+    a_weight = DECODING * machine.pass_seconds(device)
     out_bytes = sum(_planned(job, unit).bytes_out for unit in job.skeleton.units())
     looked_at = layers * LENS_TOKENS * _vocabulary(job)
     return {

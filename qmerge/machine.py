@@ -35,6 +35,8 @@ PRODUCTS = 10
 what is measured of it."""
 NARROW, LOW, HIGH = 256, 64, 1024
 """In features, and few and many out features, of the linears whose rounding is timed."""
+PASSED = 1 << 22
+"""Numbers of a trial of memory."""
 LARGE = 1 << 24
 """Parameters above which a layer is not tried itself: its products take nearly all of its time."""
 WORK = 1 << 31
@@ -84,6 +86,13 @@ def product_seconds(device: torch.device) -> float:
     size = SQUARE.get(device.type, SQUARE["cuda"])
     matrix = torch.ones(size, size, device=device)
     return _seconds(lambda: matrix @ matrix, device) / size**3
+
+
+@cache
+def pass_seconds(device: torch.device) -> float:
+    """Of one float32 number's way through memory and back."""
+    numbers = torch.ones(PASSED, device=device)
+    return _seconds(lambda: numbers * 2, device) / PASSED
 
 
 @cache

@@ -174,9 +174,9 @@ def _notes(adapter: Adapter, landing: Landing, said: tuple[str, ...]) -> tuple[s
     """What the plan should tell: renamed tensors, replaced parameters, PEFT's own warnings."""
     notes = list(said)
     if adapter.base_reason:
-        notes.append(
-            f"init_lora_weights {adapter.config['init_lora_weights']!r}: {adapter.base_reason}"
-        )
+        start = adapter.config.get("init_lora_weights")
+        of = adapter.kind if start is None else f"init_lora_weights {start!r}"
+        notes.append(f"{of}: {adapter.base_reason}")
     if landing.spelling.unused:
         notes.append(
             f"{len(landing.spelling.unused)} copies of untouched base modules are not used"
