@@ -47,6 +47,8 @@ def repattern(config: Any, model: nn.Module) -> tuple[str, ...]:
     lost = []
     for option in PATTERNS:
         pattern = getattr(config, option, None) or {}
+        if not isinstance(pattern, dict):
+            continue  # for PEFT to refuse
         if not all(isinstance(value, int | float) for value in pattern.values()):
             continue  # AdaLoRA's: masks by the names of tensors
         keys = {key: _key(key, names, paths) for key in pattern}
