@@ -24,16 +24,16 @@ def grids(
     """The grids of the linears that are quantized, overrides applied."""
     specs = dict.fromkeys(sorted(targets), spec)
     for text, override in zip(recipe.override, recipe.overrides(), strict=True):
-        fitting = [name for name in specs if matches(override.pattern, name)]
+        fitting = [name for name in sorted(targets) if matches(override.pattern, name)]
         if not fitting:
             message = f"{text!r} fits no linear that would be quantized"
             hint = f"their names are as {min(targets, default='')}"
             faults.found.append(Fault(where="--override", message=message, hint=hint))
         for name in fitting:
             if override.skip:
-                del specs[name]
+                specs.pop(name, None)
                 continue
-            own = specs[name]
+            own = specs.get(name, spec)
             specs[name] = replace(
                 own,
                 bits=override.bits or own.bits,
