@@ -255,10 +255,10 @@ def _solving(job: Job) -> float:
     rounding = machine.rounding_seconds(job.device)
     tokens, taken = job.calibration.tokens.numel(), 0.0
     for rows_O, width_I in _groups(job):
-        # Half of a Hessian's products, and those of what the reference's inputs differ by.
-        moments = width_I**2 * (0.5 + job.settings.asymmetric)
-        if job.settings.asymmetric and rows_O == _width(job):
-            moments += rows_O * width_I  # of the residual stream that it writes to
+        moments = width_I**2 / 2  # half of a Hessian's products
+        if job.settings.asymmetric:
+            # Of what the reference's inputs differ by, or the residual stream behind the linear.
+            moments += 2 * rows_O * width_I if rows_O == _width(job) else width_I**2
         solves = machine.PRODUCTS * rows_O * width_I**2 + width_I**3
         taken += product * (tokens * moments + solves)
         taken += width_I * (rounding.per_column + rounding.per_weight * rows_O)

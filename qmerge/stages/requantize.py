@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from qmerge.formats.base import IntegerWeight
 from qmerge.gptq import Drift, Grid, GridSpec, Hessian, Update, expressible, solve_update
@@ -98,11 +100,15 @@ class Pair:
 
 @dataclass(kw_only=True)
 class Moments:
-    """What is gathered for one group before it is solved."""
+    """What is gathered for one group before it is solved.
+
+    `drift` is of what goes in. A linear whose output is added to a residual stream has `residual`
+    in its place: of the stream behind it, for which its merged weight is needed.
+    """
 
     hessian: Hessian
-    drift: Drift | None
-    residual: Drift | None
+    drift: Drift | None = None
+    residual: tuple[Drift, torch.Tensor] | None = None
 
     def add(self, pair: Pair) -> None:
         """Add the tokens that both forwards bring to the linear they wait before."""
@@ -114,7 +120,9 @@ class Moments:
         if self.drift is not None:
             self.drift.add(twin.inputs, release.inputs, release.inputs)
         if self.residual is not None and release.stream is not None and twin.stream is not None:
-            self.residual.add(twin.stream, release.stream, release.inputs)
+            residual, merged_OI = self.residual
+            moved = linear(twin.inputs - release.inputs, merged_OI)
+            residual.add(moved + twin.stream, release.stream, release.inputs)
 
 
 class Requantizer:
@@ -236,16 +244,13 @@ class Requantizer:
     def _moments(self, group: Group) -> Moments:
         weight = self._weights[group[0]].merged_OI
         out, width = weight.shape
-
-        def drift(rows: int) -> Drift:
-            return Drift(rows, width, dtype=weight.dtype, device=weight.device)
-
-        paired = self._settings.asymmetric and group[0] not in self._routed
-        return Moments(
-            hessian=Hessian(width, dtype=weight.dtype, device=weight.device),
-            drift=drift(width) if paired else None,
-            residual=drift(out) if group[0] in self._places else None,
-        )
+        placed = partial(Drift, dtype=weight.dtype, device=weight.device)
+        moments = Moments(hessian=Hessian(width, dtype=weight.dtype, device=weight.device))
+        if group[0] in self._places:
+            moments.residual = placed(out, width), weight
+        elif self._settings.asymmetric and group[0] not in self._routed:
+            moments.drift = placed(width, width)
+        return moments
 
     def _quantize(self, group: Group, moments: Moments) -> None:
         """Solve siblings stacked along O, and put what they decode to in place."""
@@ -281,7 +286,7 @@ class Requantizer:
             unit_survival=settings.unit_survival,
             refine=settings.refine,
             drift_II=moments.drift.mean() if moments.drift else None,
-            residual_OI=moments.residual.mean() if moments.residual else None,
+            residual_OI=moments.residual[0].mean() if moments.residual else None,
         )
 
     def _seek_remedy(self, group: Group, moments: Moments, H_II: torch.Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Waiting for a linear and running up to it anew are the same calibration."""
+"""Waiting for a linear and running up to it anew are the same calibration, and what is gathered
+there is what the reference has and the release lacks."""
 
 from __future__ import annotations
 
@@ -7,11 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qmerge.gptq import GridSpec
+from qmerge.gptq import Drift, GridSpec, Hessian
 from qmerge.job import Settings
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, linears, run
-from qmerge.stages.requantize import Calibration, ReadWindows, Requantizer, Weight
+from qmerge.model.paused import Forward
+from qmerge.stages.requantize import (
+    Calibration,
+    Moments,
+    Pair,
+    ReadWindows,
+    Requantizer,
+    Weight,
+)
 from tests.model.test_frame import State, layer_weights, parts
 
 WINDOWS = 6
@@ -78,3 +87,32 @@ def test_both_ways_give_the_same_codes(name: str, settings: Settings) -> None:
         assert torch.equal(weight.codes_OI, anew.packed[linear].codes_OI), linear
         assert torch.equal(weight.scales_OG, anew.packed[linear].scales_OG), linear
     assert torch.allclose(torch.cat(outputs), plain, atol=1e-5)
+
+
+def waiting_at(name: str, inputs: torch.Tensor, stream: torch.Tensor) -> Forward:
+    found = Forward(lambda: stream, ())
+    found.at, found.inputs, found.streams = name, inputs, {name: stream}
+    return found
+
+
+def test_the_drift_of_a_residual_stream_is_taken_behind_the_linear() -> None:
+    torch.manual_seed(0)
+    merged_OI, (x, reference_x) = torch.randn(5, 7), torch.randn(2, 2, 6, 7)
+    stream, reference_stream = 50 * torch.randn(2, 2, 6, 5)
+    pair = Pair(
+        release=waiting_at("o_proj", x, stream),
+        reference=waiting_at("o_proj", reference_x, reference_stream),
+    )
+    moments = Moments(hessian=Hessian(7), residual=(Drift(5, 7), merged_OI))
+    moments.add(pair)
+
+    expected = torch.zeros(2, 5, 7, dtype=torch.float64)
+    for window in range(2):
+        for token in range(6):
+            own, theirs = x[window, token].double(), reference_x[window, token].double()
+            behind = stream[window, token].double() + merged_OI.double() @ own
+            aimed = reference_stream[window, token].double() + merged_OI.double() @ theirs
+            for out in range(5):
+                expected[window, out] += (aimed - behind)[out] * own / 6
+    assert moments.residual is not None
+    assert torch.allclose(moments.residual[0].mean().double(), expected, rtol=1e-4, atol=1e-4)
