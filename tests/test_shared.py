@@ -11,7 +11,7 @@ from qmerge.pipeline import run
 from qmerge.recipe import Recipe
 from tests.test_pipeline import close, load, perplexity
 
-LENGTH, WINDOWS = 256, 8
+LENGTH, WINDOWS = 256, 4
 
 
 @pytest.mark.parametrize("kind", ["gptq", "nf4"])
@@ -30,7 +30,7 @@ def test_arms_and_release_equal_transformers(kind: str, shared: Path, tmp_path: 
             strategy="auto",
             out=out,
             calibration=str(shared / "data" / "shakespeare-train.txt"),
-            calibration_samples=16,
+            calibration_samples=8,
             eval=(f"held_out={text}",),
             eval_windows=WINDOWS,
             sequence_length=LENGTH,

@@ -175,7 +175,8 @@ def test_every_figure_of_an_arm_is_told() -> None:
     assert float(values["KL median"]) == pytest.approx(score.kl.median, rel=1e-2)
     assert float(values["99.9%"]) == pytest.approx(score.kl.p999, rel=1e-2)
     assert values["difference"].startswith(f"{score.change.difference:.3f} ± ")
-    assert all(value in render(result, "html") for value in values.values())
+    page = render(result, "html")
+    assert all(value in page for value in values.values())
 
 
 def test_the_legend_speaks_of_the_arms_that_there_are() -> None:
