@@ -173,11 +173,32 @@ def memory_bytes(job: Job) -> int:
     windows, length = job.calibration.tokens.shape
     layer = working_bytes(job.skeleton, job.at_once * length)
     waiting = job.settings.streams * windows * length * waiting_bytes(job.skeleton)
-    layer += waiting if job.waiting else 0
+    layer = max(layer + (waiting if job.waiting else 0), _tower_bytes(job))
     vocabulary = _vocabulary(job)
     windows = max(corpus.tokens.shape[0] for corpus in job.evaluation)
     a_window = 4 * length * min(ROWS_AT_ONCE, vocabulary) * len(arm_names(job))
-    return BESIDE + max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
+    seen = _seen_bytes(job)
+    return BESIDE + seen + max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
+
+
+def _seen_bytes(job: Job) -> int:
+    """Of images, for as long as the run takes: what the processor made of them, and what each
+    stream's layers are called with for each window, which for text alone is the same for all."""
+    inputs = job.calibration.inputs
+    if not inputs:
+        return 0
+    windows, length = job.calibration.tokens.shape
+    called = machine.called_bytes(job.skeleton, length)
+    given = sum(value.nbytes for own in inputs for value in own.values())
+    return given + windows * job.settings.streams * len(job.strategies) * called
+
+
+def _tower_bytes(job: Job) -> int:
+    """Of the tower, which is in memory while it looks at images, before the first layer."""
+    if not job.calibration.inputs:
+        return 0
+    parameters = job.skeleton.parameters()
+    return 4 * sum(parameters[name].numel() for name in job.skeleton.tower())
 
 
 def room_faults(job: Job) -> list[Fault]:

@@ -24,6 +24,7 @@ from torch import nn
 from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
 from qmerge.measure.tokens import TokenAccumulator
 from qmerge.model.frame import Frame
+from qmerge.model.layer import called_bytes as bytes_of_calls
 from qmerge.model.layer import fill, move, run
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.texts import TOKENS_AT_ONCE
@@ -165,6 +166,11 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
     width = int(text_config(skeleton.model.config).hidden_size)
     hidden_WSH = torch.randn(windows, length, width, generator=draw).to(device)
     return _seconds(lambda: run(layer, hidden_WSH, call), device) / (windows * length)
+
+
+def called_bytes(skeleton: Skeleton, length: int) -> int:
+    """Of what all layers are called with for a window of text."""
+    return bytes_of_calls(Frame(skeleton, _Zeros(skeleton)).calls(length))
 
 
 class _Zeros:

@@ -74,6 +74,21 @@ def window_axes(one: Call, two: Call) -> tuple[int | None, ...]:
     )
 
 
+def called_bytes(calls: Sequence[Call]) -> int:
+    """Bytes of what layers are called with; what several share counts once."""
+    each = [own for call in calls for own in getattr(call, "windows", (call,))]
+    leaves = tree_leaves([(call.args, dict(call.kwargs), call.added) for call in each])
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    parts = [_stored(tensor) for tensor in tensors.values()]
+    return sum(part.nbytes for own in parts for part in own)
+
+
+def _stored(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return (tensor,)
+
+
 def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
     """Calls with their tensors on a device; what several layers share stays shared."""
     seen: dict[int, torch.Tensor] = {}

@@ -19,8 +19,9 @@ from transformers import (
     Qwen3VLConfig,
 )
 
+from qmerge import machine
 from qmerge.model.frame import Frame
-from qmerge.model.layer import fill
+from qmerge.model.layer import WindowCalls, called_bytes, fill
 from qmerge.model.layer import run as run_layer
 from qmerge.model.skeleton import build_skeleton
 from qmerge.pipeline import run
@@ -197,6 +198,10 @@ def test_windows_with_images_streamed_equal_forward(name: str) -> None:
     frame = Frame(skeleton, State(model))
     entered: list[torch.Tensor] = []
     calls = frame.enter_all(tokens, inputs, 1, entered.append)
+    each = [call for own in calls if isinstance(own, WindowCalls) for call in own.windows]
+    planned = len(tokens) * machine.called_bytes(skeleton, tokens.shape[1])
+    without = called_bytes([replace(call, added=None) for call in each])
+    assert without == pytest.approx(planned, rel=0.1)
     hidden = torch.cat(entered)
     for index, call in enumerate(calls):
         layer = skeleton.layer(index)
