@@ -85,6 +85,7 @@ FILES = {
         "awq",
         "bitsandbytes",
         "fp8",
+        "mxfp4",
         "schemes",
         "compressed_tensors",
         "writing",

@@ -10,6 +10,7 @@ from qmerge.formats.compressed_tensors import CompressedTensorsReader
 from qmerge.formats.dense import DenseReader
 from qmerge.formats.fp8 import Fp8Reader
 from qmerge.formats.gptq import GptqReader
+from qmerge.formats.mxfp4 import Mxfp4Reader
 from qmerge.formats.settings import read_settings
 from qmerge.storage.checkpoint import Checkpoint
 
@@ -21,6 +22,7 @@ READERS = (
     AwqReader,
     BitsandbytesReader,
     Fp8Reader,
+    Mxfp4Reader,
     CompressedTensorsReader,
 )
 
