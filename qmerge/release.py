@@ -97,7 +97,10 @@ def quantization_settings(job: Job) -> dict[str, Any]:
             for name, module in matrices.items()
             if name in job.specs
         },
-        kept=[module for name, module in matrices.items() if name not in job.specs],
+        kept=[
+            *(module for name, module in matrices.items() if name not in job.specs),
+            *job.skeleton.stacks(),
+        ],
         outside=_outside(job),
     )
 

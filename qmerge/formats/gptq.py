@@ -46,6 +46,19 @@ BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
+SERVED_AS = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+}
+"""What vLLM looks for in `dynamic` where it runs several linears as one."""
+EXPERT = re.compile(r"(.+\.experts)(\.\d+\.\w+)?")
+"""A linear of an expert, or a block of them that is one module; vLLM looks for the block."""
+
 V1Zeros = Literal["field", "word"]
 
 
@@ -390,12 +403,35 @@ def quantization_config(
         },
     }
     kept = sorted(kept)
-    dynamic: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in kept}
-    for module, own in sorted(quantized.items()):
-        if own != (bits, group_size):
-            dynamic[f"+:^{re.escape(module)}$"] = {"bits": own[0], "group_size": own[1]}
-    if dynamic:
+    if dynamic := _dynamic((bits, group_size), dict.fromkeys(kept) | dict(quantized)):
         config["dynamic"] = dynamic
     if kept:
         config["modules_in_block_to_quantize"] = [sorted(quantized)]
     return config
+
+
+def _dynamic(usual: tuple[int, int], settings: Mapping[str, tuple[int, int] | None]) -> Any:
+    """`dynamic` for the modules whose bits and group size are not the usual ones; None are kept
+    out. Its patterns fit a module's own name and the one that vLLM has for what it is part of."""
+    blocks: dict[str, set[tuple[int, int] | None]] = {}
+    for module, own in settings.items():
+        if expert := EXPERT.fullmatch(module):
+            blocks.setdefault(expert[1], set()).add(own)
+    found: dict[str, dict[str, int]] = {}
+    for module, own in settings.items():
+        if own == usual:
+            continue
+        expert = EXPERT.fullmatch(module)
+        whole = expert is not None and len(blocks[expert[1]]) == 1
+        pattern = rf"{re.escape(expert[1])}(\..*)?" if expert and whole else _served(module)
+        if own is None:
+            found[f"-:^{pattern}$"] = {}
+        else:
+            found[f"+:^{pattern}$"] = {"bits": own[0], "group_size": own[1]}
+    return found
+
+
+def _served(module: str) -> str:
+    path, _, name = module.rpartition(".")
+    served = SERVED_AS.get(name)
+    return rf"{re.escape(path)}\.({name}|{served})" if path and served else re.escape(module)

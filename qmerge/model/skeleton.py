@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from qmerge.errors import ModelError
 from qmerge.model.experts import Fusion, find_fusions, open_experts
@@ -116,6 +117,18 @@ class Skeleton:
             for name, tensor in self.parameters().items()
             if name.startswith(inside) and name.endswith(WEIGHT) and tensor.dim() == 2
         )
+
+    def stacks(self) -> tuple[str, ...]:
+        """Modules inside the decoder layers that hold the weights of experts in one parameter."""
+        inside = f"{self.layers_path}."
+        found = {
+            module_of(name): None
+            for name, tensor in self.parameters().items()
+            if name.startswith(inside)
+            and tensor.dim() == 3
+            and not isinstance(self.model.get_submodule(module_of(name)), _ConvNd)
+        }
+        return tuple(found)
 
     def units(self) -> tuple[Unit, ...]:
         """The walk's order: what comes before the layers, each layer, and what comes after."""

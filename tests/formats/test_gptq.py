@@ -5,6 +5,7 @@ What gptqmodel itself makes of the same tensors is in test_gptq_oracle.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -383,8 +384,32 @@ def test_settings_have_what_loaders_require() -> None:
 
 def test_kept_linears_are_named_for_every_loader() -> None:
     found = written(kept=["model.layers.1.mlp.up_proj"])
-    assert found["dynamic"] == {r"-:^model\.layers\.1\.mlp\.up_proj$": {}}
+    assert found["dynamic"] == {r"-:^model\.layers\.1\.mlp\.(up_proj|gate_up_proj)$": {}}
     assert found["modules_in_block_to_quantize"] == [["model.layers.0.mlp.up_proj"]]
+
+
+def test_patterns_fit_what_vllm_makes_of_several_linears() -> None:
+    """It asks for its own modules, by their names, and takes the first pattern that matches."""
+    experts = [f"model.layers.1.mlp.experts.{i}.{n}_proj" for i in (0, 10) for n in ("up", "down")]
+    own = {"model.layers.1.self_attn.k_proj": (8, 128), "model.layers.1.mlp.gate_proj": (4, 64)}
+    own |= dict.fromkeys(experts, (8, 32))
+    kept = [
+        name.replace("layers.1.", "layers.2.") for name in (*experts, "model.layers.1.mlp.gate")
+    ]
+    dynamic = written(quantized=own, kept=kept)["dynamic"]
+
+    def said(module: str) -> Any:
+        keys = (key for key in dynamic if re.match(key[2:], module))
+        return next(((key[:2], dynamic[key]) for key in keys), None)
+
+    assert said("model.layers.1.self_attn.qkv_proj") == ("+:", {"bits": 8, "group_size": 128})
+    assert said("model.layers.1.mlp.gate_up_proj") == ("+:", {"bits": 4, "group_size": 64})
+    for whole in ("experts", "experts.routed_experts", *(e[19:] for e in experts)):
+        assert said(f"model.layers.1.mlp.{whole}") == ("+:", {"bits": 8, "group_size": 32})
+        assert said(f"model.layers.2.mlp.{whole}") == ("-:", {})
+    assert said("model.layers.2.mlp.gate") == ("-:", {})
+    for other in ("2.mlp.gate_up_proj", "1.mlp.shared_experts.up_proj", "11.mlp.experts"):
+        assert said(f"model.layers.{other}") is None
 
 
 def test_asymmetric_version_1_is_refused() -> None:
