@@ -16,6 +16,8 @@ from qmerge.names import join, matches, module_of
 from qmerge.recipe import Recipe
 
 SERVED_GROUPS = (-1, 32, 64, 128)
+GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""Names that gptqmodel 7.6 finds packed experts by; Mixtral's on disk are others."""
 
 
 def grids(
@@ -118,11 +120,24 @@ def _fitting_group(linears: dict[str, Any], targets: Iterable[str]) -> int:
     return next((g for g in groups if all(linears[n].in_features % g == 0 for n in targets)), -1)
 
 
-def serving_notes(form: OutputFormat, specs: Mapping[str, GridSpec]) -> list[str]:
-    """What loaders make of a release whose linears differ."""
-    if form == "compressed-tensors" or len(set(specs.values())) < 2:
+def serving_notes(
+    form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]
+) -> list[str]:
+    """What loaders make of a release whose linears differ, or are experts."""
+    if form == "compressed-tensors":
         return []
-    return [
-        f"transformers gives all linears of a {form} release the same bits and groups: open this "
-        "one with gptqmodel or vLLM, or write it with --format compressed-tensors"
-    ]
+    notes = []
+    if len(set(specs.values())) > 1:
+        notes.append(
+            f"transformers gives all linears of a {form} release the same bits and groups: open"
+            " this one with gptqmodel or vLLM, or write it with --format compressed-tensors"
+        )
+    parts = [module_of(part) for fusion in skeleton.fusions for part in fusion.parts]
+    packed = [part for part in parts if part in specs]
+    if packed:
+        known = all(part.endswith(GPTQMODEL_EXPERTS) for part in packed)
+        notes.append(
+            f"transformers leaves the experts of a {form} release random: open this one with"
+            f" {'gptqmodel or ' if known else ''}vLLM, or write it with --format compressed-tensors"
+        )
+    return notes

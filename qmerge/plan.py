@@ -113,7 +113,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             specs = grids(recipe, _targets(base, skeleton), settings.spec, faults)
             faults.found += misfits(skeleton, specs)
             faults.found += torn(skeleton, specs, siblings)
-            notes += serving_notes(settings.format, specs)
+            notes += serving_notes(settings.format, skeleton, specs)
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
     if faults.found or not (skeleton and base and loaded and settings and texts):
         return None
@@ -151,6 +151,11 @@ def _left_dense(skeleton: Skeleton) -> list[str]:
     notes = []
     if states := skeleton.states():
         notes.append(f"left dense in the layers: {', '.join(states)}")
+    if stacks := skeleton.stacks():
+        notes.append(
+            f"the experts of {len(stacks)} layers have biases or are stored in one piece: they stay"
+            " in 16 bits, because no layout is known in which they are packed and servers load them"
+        )
     if tower := skeleton.tower():
         notes.append(
             f"vision tower and projector are left dense ({len(tower)} tensors); what an adapter"
@@ -298,8 +303,8 @@ def _settings(recipe: Recipe, base: Weights) -> Settings:
 
 
 def _targets(base: Weights, skeleton: Skeleton) -> frozenset[str]:
-    """The linears that the base has quantized; of a dense base every linear in the layers but
-    gates of a few outputs, which cost nothing in 16 bits and which no format packs."""
+    """The linears that the base has quantized; of a base that has none, every linear in the layers
+    but gates of a few outputs, which cost nothing in 16 bits and which no format packs."""
     linears = frozenset(
         name for name, module in skeleton.linears().items() if module.out_features >= FEWEST_OUTPUTS
     )
@@ -310,7 +315,7 @@ def _targets(base: Weights, skeleton: Skeleton) -> frozenset[str]:
     }
     if quantized and base.format.summary.method == "bitsandbytes":
         quantized |= _fused_experts(skeleton)  # it cannot quantize those, wanted or not
-    return linears & quantized if quantized else linears
+    return linears & quantized or linears
 
 
 def _fused_experts(skeleton: Skeleton) -> set[str]:

@@ -58,7 +58,7 @@ FOLDER = click.Path(path_type=Path)
     "--load",
     cls=Flag,
     is_flag=True,
-    help="Load it in transformers (extra: verify) and score a sample of the text again.",
+    help="Load it in transformers or gptqmodel (extra: verify) and score a sample again.",
 )
 @click.option(
     "--trust-remote-code",

@@ -111,21 +111,45 @@ def _arms_legend(result: RunResult) -> str:
 
 
 def _use(result: RunResult, name: str) -> str:
+    quoted = _quoted(name)
     compressed = _setting(result, "format") == "compressed-tensors"
     packages = "compressed-tensors" if compressed else "gptqmodel optimum"
-    quoted = _quoted(name)
-    code = (
-        "```python\n"
-        f"# pip install transformers accelerate {packages}\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{quoted}", device_map="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{quoted}")\n'
-        "```"
-    )
+    code = {
+        "transformers": (
+            "```python\n"
+            f"# pip install transformers accelerate {packages}\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{quoted}", device_map="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{quoted}")\n'
+            "```"
+        ),
+        "gptqmodel": (
+            "```python\n"
+            "# pip install gptqmodel; transformers does not open this one\n"
+            "from gptqmodel import GPTQModel\n\n"
+            f'model = GPTQModel.load("{quoted}")\n'
+            "tokenizer = model.tokenizer\n"
+            "```"
+        ),
+        "neither": "Neither transformers nor gptqmodel finds packed experts of these names.",
+    }[_opened_by(result)]
     refused = _refused_by_vllm(result)
     if refused:
         return f"{code}\n\nvLLM does not load it: {refused}."
     return f"{code}\n\n```sh\n# vLLM\nvllm serve {quoted}\n```"
+
+
+def _opened_by(result: RunResult) -> str:
+    """transformers takes all linears of a GPTQ release for alike, and leaves experts random;
+    gptqmodel knows experts by three names."""
+    if _setting(result, "format") == "compressed-tensors":
+        return "transformers"
+    linears = [linear for layer in result.layers for linear in layer.linears]
+    experts = [linear.name for linear in linears if linear.tokens is not None]
+    if not all(name.endswith(("gate_proj", "up_proj", "down_proj")) for name in experts):
+        return "neither"
+    grids = {(linear.bits, linear.group_size) for linear in linears}
+    return "gptqmodel" if experts or len(grids) > 1 else "transformers"
 
 
 def _refused_by_vllm(result: RunResult) -> str:

@@ -28,8 +28,8 @@ def verify(
 ) -> Verification:
     """Look at everything that a release claims; nothing in it is changed.
 
-    `against` proves the weights from the inputs; `load` loads it in transformers and scores a
-    sample. Raises `InputError` where the folder is none or `load` is asked and cannot be had.
+    `against` proves the weights from the inputs; `load` loads it in transformers or gptqmodel and
+    scores a sample. Raises `InputError` where the folder is none or `load` cannot be had.
     """
     progress = progress or Silent()
     if not release.is_dir():
@@ -58,8 +58,8 @@ def verify(
             check_against(release, opened.weights, opened.result, against, findings, progress)
         if load:
             progress.stage("load", 1)
-            progress.step("transformers")
-            check_loading(release, opened.result, findings, trust_remote_code=trust_remote_code)
+            progress.step("transformers or gptqmodel")
+            check_loading(opened, findings, trust_remote_code=trust_remote_code)
     return Verification(release=str(release), checks=tuple(findings.checks))
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from qmerge.errors import QmergeError
+from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton, first_line
 from qmerge.model.weights import Weights
-from qmerge.names import WEIGHT, module_of
+from qmerge.names import WEIGHT, join, module_of
 from qmerge.results import InputRecord, RunResult
 from qmerge.storage.files import read_json
 from qmerge.texts import load_tokenizer
@@ -29,6 +30,9 @@ VLLM_BITS = (4, 8)
 VLLM_GROUPS = (-1, 32, 64, 128)
 MARLIN_TILE = (64, 128)
 """Outputs and inputs that vLLM's fastest kernel takes at a time; others go through a slower one."""
+EXPERTS = ".experts"
+VLLM_EXPERT = re.compile(r".+\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)")
+"""What vLLM's loaders of mixtures look for: one scheme of names or the other."""
 TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece)")
 
 
@@ -79,6 +83,7 @@ def check_settings(opened: Opened, findings: Findings) -> None:
         _check_gptq(opened, findings)
     else:
         _check_compressed(opened, findings)
+    _check_experts(opened, findings)
     _check_tiles(opened, findings)
 
 
@@ -271,6 +276,40 @@ def _check_compressed(opened: Opened, findings: Findings) -> None:
     wrong += [] if "lm_head" in ignored else ["`ignore` does not name lm_head"]
     findings.say("kept-modules", wrong, "`ignore` names what is not packed")
     _check_dtypes(opened, ("weight_scale",), findings)
+
+
+def _check_experts(opened: Opened, findings: Findings) -> None:
+    """vLLM runs the experts of a block as one, and asks `dynamic` for it by the block's name."""
+    wrong: list[str] = []
+    blocks = dict(blocks_of(opened.skeleton.model))
+    for path, block in blocks.items():
+        names = [join(path, name) for name, _ in block.named_parameters()]
+        stored = [module_of(opened.weights.names.stored[name]) for name in names]
+        wrong += [f"{each} is no name that it knows" for each in stored if not _is_expert(each)]
+        home, _, _ = stored[0].rpartition(f"{EXPERTS}.")
+        said = _said(opened.settings, home + EXPERTS)
+        wrong += [
+            f"`dynamic` says other things of {each} than of the block"
+            for each in stored
+            if _said(opened.settings, each) != said
+        ]
+    if blocks:
+        count = sum(len(block.experts) for block in blocks.values())
+        findings.say("vllm-experts", wrong, f"{count} experts are named and set as vLLM wants them")
+
+
+def _is_expert(module: str) -> bool:
+    return VLLM_EXPERT.fullmatch(module) is not None
+
+
+def _said(settings: Mapping[str, Any], module: str) -> tuple[object, ...] | None:
+    """Bits and group size that a GPTQ configuration gives a module; None keeps it out."""
+    usual = (settings.get("bits"), settings.get("group_size"))
+    for key, own in (settings.get("dynamic") or {}).items():
+        if re.match(key.removeprefix("-:").removeprefix("+:"), module):
+            keys = zip(("bits", "group_size"), usual, strict=True)
+            return None if key.startswith("-:") else tuple(own.get(k, v) for k, v in keys)
+    return usual
 
 
 def _check_tiles(opened: Opened, findings: Findings) -> None:

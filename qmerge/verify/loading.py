@@ -1,4 +1,4 @@
-"""Whether transformers loads a release and finds the perplexity that its report says."""
+"""Whether a release loads where users load it, and has the perplexity that its report says."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import torch
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import InputError, QmergeError
+from qmerge.model.opening import listed
 from qmerge.results import CorpusRecord, RunResult
-from qmerge.storage.files import read_json
 from qmerge.texts import load_tokenizer
 from qmerge.verify.findings import Findings
+from qmerge.verify.loaders import Opened
 
 WINDOWS = 4
 """Windows of each text that are scored again."""
@@ -26,7 +29,11 @@ FAR = 0.01
 """Nats per token that a kernel's own arithmetic may bring: in float32 it is below 0.001, with
 16-bit kernels about ten times that."""
 PACKAGES = {"gptq": ("gptqmodel", "optimum"), "compressed-tensors": ("compressed_tensors",)}
-LAST_WORDS = 3
+RUNTIMES = {
+    "gptq": ("transformers", "gptqmodel"),
+    "compressed-tensors": ("transformers",),
+}
+LAST_WORDS, LONGEST = 3, 200
 
 
 def require_loader(method: str) -> None:
@@ -40,15 +47,39 @@ def require_loader(method: str) -> None:
         )
 
 
-def check_loading(
-    folder: Path, result: RunResult, findings: Findings, *, trust_remote_code: bool
-) -> None:
-    differ = [key for key in overrides_of(folder) if not key.startswith("-:")]
-    if differ:
-        text = "transformers gives all linears the same bits and groups, and `dynamic` has others"
-        findings.add("loads", "skip", text)
-        return
+def check_loading(opened: Opened, findings: Findings, *, trust_remote_code: bool) -> None:
+    """By transformers; what it would leave random or misread, by gptqmodel itself."""
+    folder, result = opened.folder, opened.result
     corpora = text_at_hand(folder, result, findings, trust_remote_code=trust_remote_code)
+    told = [reason] if (reason := _misread(opened)) else []
+    for runtime in RUNTIMES[str(opened.settings.get("quant_method"))][len(told) :]:
+        found, fault = _load(runtime, folder, corpora, trust_remote_code=trust_remote_code)
+        if found is None:
+            told.append(f"{runtime} {fault}")
+            continue
+        findings.add("loads", "pass", "; ".join([f"{runtime} loads it", *told]))
+        for name, windows in found.items():
+            _compare(name, windows, result, findings)
+        return
+    findings.add("loads", "fail", "; ".join(told))
+
+
+def _misread(opened: Opened) -> str | None:
+    """Why transformers is not even asked to load a release: it would answer with a model."""
+    if opened.settings.get("quant_method") != "gptq":
+        return None
+    if any(not str(key).startswith("-:") for key in opened.settings.get("dynamic") or ()):
+        return "transformers gives all linears the same bits and groups, and `dynamic` has others"
+    parts = [part for fusion in opened.skeleton.fusions for part in fusion.parts]
+    if any(opened.weights.is_quantized(part) for part in parts):
+        return "transformers keeps experts fused, and leaves those of a gptq release random"
+    return None
+
+
+def _load(
+    runtime: str, folder: Path, corpora: Sequence[Corpus], *, trust_remote_code: bool
+) -> tuple[dict[str, list[float]] | None, str]:
+    """Likelihoods of the windows by corpus; or None, and what became of the loading."""
     with tempfile.TemporaryDirectory(prefix="qmerge-") as scratch:
         tokens, answer = Path(scratch, "tokens.pt"), Path(scratch, "answer.json")
         torch.save({c.name: c.tokens[:WINDOWS].clone() for c in corpora}, tokens)
@@ -56,6 +87,7 @@ def check_loading(
             sys.executable,
             "-m",
             "qmerge.verify.loaded",
+            runtime,
             str(folder),
             str(tokens),
             str(answer),
@@ -66,18 +98,14 @@ def check_loading(
         )
         if ended.returncode or not answer.is_file():
             said = "; ".join(ended.stderr.strip().splitlines()[-LAST_WORDS:])
-            findings.add("loads", "fail", f"transformers does not load it: {said}")
-            return
-        findings.add("loads", "pass", "transformers loads it")
-        found: dict[str, list[float]] = json.loads(answer.read_text(encoding="utf-8"))
-    for name, windows in found.items():
-        _compare(name, windows, result, findings)
-
-
-def overrides_of(folder: Path) -> Iterable[str]:
-    """The patterns of `dynamic` in a GPTQ release."""
-    settings = read_json(folder / "config.json").get("quantization_config", {})
-    return tuple(settings.get("dynamic") or ())
+            return None, f"does not load it: {said}"
+        told: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    if "unfilled" in told:
+        names = told["unfilled"]
+        return None, f"finds nothing for {listed(names)}, and leaves that random"
+    if "error" in told:
+        return None, f"does not load it: {shorten(told['error'].splitlines()[0], LONGEST)}"
+    return told["nll"], ""
 
 
 def text_at_hand(

@@ -13,6 +13,7 @@ import torch
 
 from qmerge.errors import QmergeError
 from qmerge.formats.base import IntegerWeight
+from qmerge.model.experts import blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
 from qmerge.model.skeleton import Skeleton, text_config
@@ -70,8 +71,22 @@ class WeightChecks:
             ("groups", "each group has its columns"),
         ):
             findings.say(name, self.wrong[name], text)
+        self._tell_experts(findings)
         torn = [f"{', '.join(group)} differ" for group in self.siblings if not self._agree(group)]
         findings.say("siblings", torn, f"{len(self.siblings)} sets that servers fuse agree")
+
+    def _tell_experts(self, findings: Findings) -> None:
+        """Servers run the experts of a block as one, with one kind of code."""
+        blocks = {
+            path: {
+                (own.bits, own.symmetric) if (own := self.packed.get(join(path, name))) else None
+                for name in linears(block)
+            }
+            for path, block in blocks_of(self.skeleton.model)
+        }
+        mixed = [f"those of {path} differ" for path, kinds in blocks.items() if len(kinds) > 1]
+        if blocks:
+            findings.say("experts", mixed, f"those of each of {len(blocks)} blocks are alike")
 
     def _outside(self, unit: Unit) -> None:
         """Embeddings and heads are large: a few rows at a time."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +156,136 @@ def test_export_writes_single_experts(family: tuple[Path, RunResult], tmp_path: 
         torch.testing.assert_close(opened.read(name), tensor, rtol=0, atol=1e-6)
 
 
+needs_gptqmodel = pytest.mark.skipif(
+    importlib.util.find_spec("gptqmodel") is None,
+    reason="opening packed experts needs the extra 'verify'",
+)
+
+
+GPTQMODEL = """
+import sys, torch
+from pathlib import Path
+from tests import checkpoints
+model, tokens = checkpoints.read_gptq(Path(sys.argv[1])), torch.load(sys.argv[2])
+with torch.inference_mode():
+    torch.save(model(input_ids=tokens, use_cache=False).logits.clone(), sys.argv[3])
+"""
+
+
+def logits_of_gptqmodel(release: Path, tokens: torch.Tensor, scratch: Path) -> torch.Tensor:
+    """In a process of its own: gptqmodel takes the experts of transformers' classes apart."""
+    files = [scratch / name for name in ("tokens.pt", "logits.pt")]
+    torch.save(tokens, files[0])
+    command = [sys.executable, "-c", GPTQMODEL, str(release), *map(str, files)]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    return torch.load(files[1])
+
+
+def knows(result: RunResult) -> bool:
+    """Whether gptqmodel goes by the names that this family's experts have on disk."""
+    return "w1" not in {linear.name[-2:] for layer in result.layers for linear in layer.linears}
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize(
+    "family",
+    ["Qwen3Moe", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "Qwen3Moe")],
+    indirect=True,
+)
+def test_gptqmodel_opens_it_where_it_knows_the_names(
+    family: tuple[Path, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    folder, result = family
+    tokens = rig.windows(folder / "base", eval_text)
+    if not knows(result):
+        with pytest.raises(subprocess.CalledProcessError) as raised:
+            logits_of_gptqmodel(folder / "release", tokens, tmp_path)
+        assert b"Missing required quantized weights" in raised.value.stderr
+        return
+    found = logits_of_gptqmodel(folder / "release", tokens, tmp_path)
+    decoded = rig.reopened(folder / "release", tmp_path / "dense", AutoModelForCausalLM)
+    with torch.inference_mode():
+        expected = decoded(input_ids=tokens, use_cache=False).logits
+    # Its kernel computes in 16 bits, by which some tokens go to other experts.
+    assert (found - expected).abs().median() < 0.02 * expected.std()
+
+
+@needs_gptqmodel
+@pytest.mark.slow
+def test_verify_loads_it_or_says_why_not(family: tuple[Path, RunResult]) -> None:
+    folder, result = family
+    checks = {check.name: check for check in verify(folder / "release", load=True).checks}
+    assert "leaves those of a gptq release random" in checks["loads"].text
+    for name in ("vllm-experts", "experts", "siblings", "kept-modules"):
+        assert checks[name].outcome == "pass"
+    if knows(result):
+        assert checks["loads"].outcome == checks["perplexity-text"].outcome == "pass"
+    else:
+        assert checks["loads"].outcome == "fail"
+        assert "gptqmodel does not load it: Missing required" in checks["loads"].text
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["Qwen3Moe", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "Qwen3Moe")],
+    indirect=True,
+)
+def test_transformers_opens_it_as_compressed_tensors(
+    family: tuple[Path, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    folder, _ = family
+    out = tmp_path / "release"
+    asked = rig.recipe(folder / "base", folder / "adapter", out, eval_text)
+    result = run(replace(asked, format="compressed-tensors"))
+    opened, told = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    found = rig.perplexity(opened.eval(), rig.windows(folder / "base", eval_text))
+    assert found == pytest.approx(result.arms["release"]["text"].perplexity, rel=rig.TOLERANCE)
+
+
+WHOLE = ("*.layers.0.mlp.experts.*=bits:8", "*.layers.1.mlp.experts.*=skip")
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe"], indirect=True)
+def test_experts_of_a_block_have_one_grid(
+    family: tuple[Path, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    folder, _ = family
+    asked = rig.recipe(folder / "base", folder / "adapter", tmp_path / "out", eval_text)
+    for torn in ("*.experts.3.*=bits:8", "*.experts.*.down_proj=group:64", "*.experts.0.*=skip"):
+        faults = make_plan(replace(asked, override=(torn,))).faults
+        told = [fault.message for fault in faults if "which servers run together" in fault.message]
+        assert len(told) == 2  # layers
+        assert {fault.where for fault in faults} == {"--override"}
+    job = make_plan(replace(asked, override=WHOLE)).ready()
+    assert job.specs["model.layers.0.mlp.experts.7.down_proj"].bits == 8
+    assert "model.layers.1.mlp.experts.7.down_proj" not in job.specs
+
+
+@needs_gptqmodel
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3Moe"], indirect=True)
+def test_blocks_of_other_grids_are_written_for_gptqmodel_and_vllm(
+    family: tuple[Path, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    folder, _ = family
+    out = tmp_path / "release"
+    run(replace(rig.recipe(folder / "base", folder / "adapter", out, eval_text), override=WHOLE))
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    # vLLM asks for a block as a whole, and takes the first pattern that matches its start.
+    asked = [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]
+    first = [next(k for k in settings["dynamic"] if re.match(k[2:], each)) for each in asked]
+    assert settings["dynamic"][first[0]] == {"bits": 8, "group_size": rig.GROUP}
+    assert first[1].startswith("-:")
+    checks = {check.name: check.outcome for check in verify(out, load=True).checks}
+    assert "fail" not in checks.values()
+    assert checks["loads"] == checks["vllm-experts"] == "pass"
+
+
 @pytest.fixture(scope="module")
 def old_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LoRA on every expert of FAMILIES["Qwen3Moe"], as saved while each was a module."""
@@ -252,29 +387,60 @@ def test_training_on_the_fly_quantizes_experts_only_where_they_were_modules(
         assert any("experts are taken in 16 bits" in note for note in job.notes) is not quantized
 
 
+def write_mxfp4(dense: Path, folder: Path) -> None:
+    """Any codes in the layout in which gpt-oss is published, in place of a model's experts."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    tensors = load_file(dense / "model.safetensors")
+    random = torch.Generator().manual_seed(4)
+    for name in [
+        name for name in tensors if name.endswith(("gate_up_proj", "mlp.experts.down_proj"))
+    ]:
+        experts, width, outs = tensors.pop(name).shape
+        shape = (experts, outs, width // 32)
+        codes = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=random)
+        tensors[f"{name}_blocks"] = codes
+        steps = torch.randint(121, 124, shape, dtype=torch.uint8, generator=random)
+        tensors[f"{name}_scales"] = steps
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in dense.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("form", ["dense", "mxfp4"])
 def test_fused_experts_with_biases_stay_dense(
-    tokenizer: Path, eval_text: Path, tmp_path: Path
+    form: str, tokenizer: Path, eval_text: Path, tmp_path: Path
 ) -> None:
     config = transformers.GptOssConfig(
         **{**SIZES, "head_dim": 16, "intermediate_size": 96, "num_local_experts": 4}
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    rig.write_model(tmp_path / "base", model, tokenizer)
+    rig.write_model(tmp_path / "dense", model, tokenizer)
     targets = [name for name in ATTENTION if name.endswith("_proj")]
     rig.write_adapter(
         tmp_path / "adapter", model.float(), target_modules=targets[:4], target_parameters=FUSED
     )
-    result = run(
-        rig.recipe(tmp_path / "base", tmp_path / "adapter", tmp_path / "release", eval_text)
-    )
-    base = rig.dense(tmp_path / "base", AutoModelForCausalLM)
-    release = rig.reopened(tmp_path / "release", tmp_path / "dense", AutoModelForCausalLM)
-    tokens = rig.windows(tmp_path / "base", eval_text)
-    rig.check_arms(result, base, tmp_path / "adapter", release, tokens)
+    if form == "mxfp4":
+        write_mxfp4(tmp_path / "dense", tmp_path / "mxfp4")
+    base, out = tmp_path / form, tmp_path / "release"
+    result = run(rig.recipe(base, tmp_path / "adapter", out, eval_text))
+    quantized = rig.loaded(base, AutoModelForCausalLM)
+    release = rig.reopened(out, tmp_path / "decoded", AutoModelForCausalLM)
+    tokens = rig.windows(base, eval_text)
+    rig.check_arms(result, quantized, tmp_path / "adapter", release, tokens)
     assert any("mlp.experts.gate_up_proj" in warning for warning in result.warnings)
-    stored = Checkpoint.open(tmp_path / "release").tensors
+    assert any("the experts of 2 layers have biases" in warning for warning in result.warnings)
+    stored = Checkpoint.open(out).tensors
     assert stored["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    assert "model.layers.0.self_attn.q_proj.qweight" in stored
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert r"-:^model\.layers\.0\.mlp\.experts(\..*)?$" in settings["dynamic"]
 
 
 @pytest.mark.slow

@@ -189,6 +189,25 @@ def test_the_card_says_where_vllm_will_not_load_it(details: dict[str, object], r
     assert "compressed-tensors" in card
 
 
+def test_the_card_opens_a_release_with_what_reads_it() -> None:
+    """transformers would leave packed experts random, and takes all linears for alike."""
+    plain = finished()
+
+    def card(**changes: Any) -> str:
+        (first, *others), *layers = plain.layers[0].linears, *plain.layers[1:]
+        changed = dataclasses.replace(first, **changes)
+        layer = dataclasses.replace(plain.layers[0], linears=(changed, *others))
+        return render_card(dataclasses.replace(plain, layers=(layer, *layers)), name="x")
+
+    assert "AutoModelForCausalLM.from_pretrained" in card()
+    for other in ({"bits": 8}, {"name": "model.layers.0.mlp.experts.0.up_proj", "tokens": 7}):
+        assert 'GPTQModel.load("x")' in card(**other)
+        assert "AutoModelForCausalLM" not in card(**other)
+    mixtral = card(name="model.layers.0.mlp.experts.0.w1", tokens=7)
+    assert "```python" not in mixtral.partition("vllm serve")[0].rpartition("## ")[2]
+    assert "Neither transformers nor gptqmodel" in mixtral
+
+
 def test_a_comparison_says_better_worse_or_same() -> None:
     same = render_comparison(compare_results(finished(), finished()))
     assert same.startswith("No difference beyond noise.")
