@@ -54,7 +54,6 @@ from qmerge.results import (
     Estimate,
     InputRecord,
     LayerResult,
-    MergeCheck,
     Remedy,
     RunResult,
     StrategyResult,
@@ -238,7 +237,6 @@ def _result(
         versions=versions(),
         warnings=(
             *job.notes,
-            *_moved(merge),
             *_overlaps(job),
             *_fallbacks(layers),
             *([weak] if weak else []),
@@ -335,14 +333,6 @@ def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
         )
         for found in scored
     }
-
-
-def _moved(merge: MergeCheck | None) -> Iterator[str]:
-    if merge is not None and not merge.passed:
-        yield (
-            f"merging moved {merge.where} by {merge.worst:.2g}, more than {merge.dtype} rounds"
-            f" ({merge.rounding:.2g}): the merged model is not the one that was trained"
-        )
 
 
 def _overlaps(job: Job) -> Iterator[str]:

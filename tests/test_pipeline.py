@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from qmerge.cli.outputs import finish
 from qmerge.errors import ModelError, PlanError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
@@ -536,9 +537,11 @@ def test_merge_is_held_against_the_live_adapter(
 
     few = replace(asked, calibration_samples=4, eval_windows=2)
     recipe = replace(few, base=tiny_nf4, out=tmp_path / "whole")
-    found = run(recipe).merge
+    whole = run(recipe)
+    found = whole.merge
     assert found is not None
     assert found.passed
+    assert not whole.gate
     assert found.worst < 1e-5
     assert (found.dtype, found.rounding) == ("bfloat16", 2**-8)
 
@@ -550,7 +553,12 @@ def test_merge_is_held_against_the_live_adapter(
     result = run(replace(recipe, out=tmp_path / "lossy"))
     assert result.merge is not None
     assert not result.merge.passed
-    assert any("merging moved model.layers." in warning for warning in result.warnings)
+    (verdict,) = result.gate  # no limit was asked for
+    assert (verdict.limit, verdict.passed) == ("merge", False)
+    assert "merging moved model.layers." in verdict.text
+    assert "does not pass: what merging moved" in " ".join(render(result, "text").split())
+    assert finish(result, as_json=True) == 1
+    assert finish(whole, as_json=True) == 0
     moved = [layer.merge for layer in result.layers]
     assert all(each is not None and each > 2**-8 for each in moved)
 

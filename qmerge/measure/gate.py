@@ -1,4 +1,5 @@
-"""Limits that a release must keep, against the reference, on every corpus."""
+"""Limits that a release must keep, against the reference, on every corpus; a merge that went wrong
+fails whatever the limits."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qmerge.recipe import Scoring
-from qmerge.results import ArmScore, GateVerdict, RunResult, Survival
+from qmerge.results import ArmScore, GateVerdict, MergeCheck, RunResult, Survival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,8 @@ def check_limits(
     result: RunResult, limits: Limits, kept: Mapping[str, Survival | None] | None = None
 ) -> tuple[GateVerdict, ...]:
     """One verdict per limit and corpus for the subject, or for every arm but the reference where
-    there is none; survival once, or for each model that has it in `kept`.
+    there is none; survival once, or for each model that has it in `kept`. One that failed, too,
+    where the merged model is not the trained one: nobody has to ask for that.
 
     Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
     """
@@ -93,7 +95,19 @@ def check_limits(
         for of, found in (models or {"": result.survival}).items():
             value = found.survival if found else None
             verdicts.append(ON_MODEL.verdict(value, limits.min_survival, of, None))
-    return tuple(verdicts)
+    return (*verdicts, *_on_merge(result.merge))
+
+
+def _on_merge(merge: MergeCheck | None) -> Iterator[GateVerdict]:
+    if merge is not None and not merge.passed:
+        yield GateVerdict(
+            limit="merge",
+            value=merge.worst,
+            bound=merge.rounding,
+            passed=False,
+            text=f"what merging moved {merge.where} by is {merge.worst:.2g}, over what"
+            f" {merge.dtype} rounds ({merge.rounding:.2g}): this is not the model that was trained",
+        )
 
 
 def _checked(result: RunResult) -> list[tuple[str, Mapping[str, ArmScore]]]:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qmerge.measure.gate import Limits, check_limits
-from qmerge.results import ArmScore, Survival
+from qmerge.results import ArmScore, MergeCheck, Survival
 from tests.samples import finished, without_adapter_figures
 
 
@@ -90,3 +90,16 @@ def test_survival_of_several_models_is_each_one_s_own() -> None:
     verdicts = check_limits(finished(), Limits(min_survival=0.9), kept)
     assert [verdict.passed for verdict in verdicts] == [True, False, False]
     assert verdicts[1].text == "adapter survival of new is 0.5, under the limit of 0.9"
+
+
+@pytest.mark.parametrize("worst", [0.02, math.nan])
+def test_a_merge_that_is_not_the_trained_model_fails_without_any_limit(worst: float) -> None:
+    check = MergeCheck(
+        tokens=64, dtype="bfloat16", rounding=2**-8, worst=0.001, where="model.layers.1", logits=0.0
+    )
+    result = dataclasses.replace(finished(), merge=check)
+    assert check_limits(result, Limits()) == ()
+    moved = dataclasses.replace(result, merge=dataclasses.replace(check, worst=worst))
+    (verdict,) = check_limits(moved, Limits())
+    assert not verdict.passed
+    assert "model.layers.1" in verdict.text
