@@ -24,10 +24,13 @@ REFUSED_KINDS = (
 BASE_SHAPED_KINDS = (
     (
         "ADAMSS",
-        "its shapes follow from clustering the base's weights, which no plan can check",
+        "it does not save which rows of a weight it changes: PEFT draws and clusters the base anew"
+        " to find them, and on another device or release the same adapter lands on other rows",
     ),
 )
-"""Kinds of which nothing can be checked before the base is read."""
+"""Kinds that the saved adapter and its base do not determine. ADAMSS saves blocks B of rows without
+their places; a second draw of `svd_lowrank` on one weight put 317 of 512 rows into other clusters.
+"""
 
 SETTLING_KINDS = ("ADALORA", "FROD", "SHIRA", "UNILORA")
 """Kinds that compute with values while they are injected, which meta cannot or forgets."""
