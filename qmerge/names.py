@@ -44,6 +44,8 @@ class NameMap:
     """Parameters that the checkpoint does not hold."""
     written: Mapping[str, str] = field(default_factory=dict)
     """Parameters that are written under another name than they are read: untied heads."""
+    twice: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Second names of tied parameters to the stored names of both, where both are stored."""
 
     def to_write(self, parameter: str) -> str:
         return self.written.get(parameter, self.stored[parameter])

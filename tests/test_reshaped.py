@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from qmerge.errors import PlanError
 from qmerge.evaluate import evaluate
@@ -326,3 +326,49 @@ def test_only_the_tokenizer_files_are_taken(tiny_original: Path, tmp_path: Path)
     merged(tiny_original, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged" / "extra.json").exists()
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+
+def two_heads(folder: Path, kept: str) -> Path:
+    """A model whose config ties its head, stored with another head too (`both`), with the same one
+    (`copy`), or with the head's tensor alone (`head`)."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    head = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = torch.randn_like(head) / 50 if kept == "both" else head.clone()
+    if kept == "head":
+        del state["model.embed_tokens.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kept", ["both", "copy", "head"])
+def test_a_head_stored_beside_the_embedding_is_taken_as_transformers_does(
+    kept: str, tmp_path: Path
+) -> None:
+    folder, out = two_heads(tmp_path / "base", kept), tmp_path / "out"
+    said = export(Recipe(base=folder, out=out), dtype="float32")
+    tokens = torch.arange(24).view(2, 12)
+    assert torch.equal(logits(dense(out), tokens), logits(dense(folder), tokens))
+    written = json.loads((out / "config.json").read_text())
+    assert written["tie_word_embeddings"] is (kept != "both")
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert (names & Checkpoint.open(out).tensors.keys() == names) is (kept == "both")
+    assert any("ties the head to the embedding" in note for note in said["notes"]) is (
+        kept == "both"
+    )
+
+
+def test_an_adapter_lands_on_a_head_that_only_the_config_ties(tmp_path: Path) -> None:
+    folder = two_heads(tmp_path / "base", "both")
+    adapter = train(dense(folder), tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    tokens = torch.arange(24).view(2, 12)
+    expected = logits(live(dense(folder), adapter), tokens)
+    found = logits(merged(folder, adapter, tmp_path / "out"), tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -10,12 +10,23 @@ import torch
 from qmerge.errors import Fault, ModelError, PlanError
 from qmerge.formats import Format, open_format
 from qmerge.formats.padded import PaddedReader, Padding
-from qmerge.model.skeleton import Skeleton, build_skeleton, load_config, map_names
+from qmerge.model.skeleton import (
+    TIED,
+    Skeleton,
+    build_skeleton,
+    load_config,
+    map_names,
+    rebuilt,
+)
 from qmerge.model.weights import Weights
 from qmerge.storage.checkpoint import Checkpoint
 
 ROWS = 1024
 """Rows that are decoded at a time."""
+OWN_HEAD = (
+    "the configuration ties the head to the embedding, and the checkpoint holds two that differ: as"
+    " in transformers each is taken as it is stored, and tie_word_embeddings becomes false"
+)
 LISTED = 4
 """Names that a message lists before it says how many more there are."""
 
@@ -23,12 +34,33 @@ LISTED = 4
 def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skeleton, Weights]:
     """Open a checkpoint and match every tensor of it with a parameter, names and shapes.
 
-    Raises `PlanError` with all that does not match, `CheckpointError` or `ModelError` before that.
+    A head that is stored beside the embedding that it is tied to, and differs from it, is its own,
+    whatever the configuration says: so transformers loads it, and `told` says so. Raises
+    `PlanError` with all that does not match, `CheckpointError` or `ModelError` before that.
     """
     checkpoint = Checkpoint.open(folder, config_required=True)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
-    return skeleton, open_weights(checkpoint, skeleton)
+    form = open_format(checkpoint)
+    pairs = map_names(skeleton, form.weights).twice.values()
+    if any(_differ(form, *pair) for pair in pairs):
+        skeleton = rebuilt(skeleton, {TIED: False})
+    return skeleton, _matched(checkpoint, form, skeleton)
+
+
+def told(skeleton: Skeleton) -> tuple[str, ...]:
+    """What is otherwise in a skeleton, as it was opened, than its folder's configuration says."""
+    return (OWN_HEAD,) if TIED in skeleton.restated else ()
+
+
+def _differ(form: Format, one: str, other: str) -> bool:
+    """Whether two tensors do not hold the same; what is packed is never another one's copy."""
+    first, second = form.weights[one], form.weights[other]
+    if first.quantized or second.quantized or first.shape != second.shape:
+        return True
+    total = first.shape[0]
+    slices = [(start, min(start + ROWS, total)) for start in range(0, total, ROWS)]
+    return any(not torch.equal(form.rows(one, *at), form.rows(other, *at)) for at in slices)
 
 
 def open_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Weights:

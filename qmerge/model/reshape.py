@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmerge.model.opening import open_weights
-from qmerge.model.skeleton import Skeleton, build_skeleton, load_config, text_config
+from qmerge.model.skeleton import TIED, Skeleton, load_config, rebuilt, text_config
 from qmerge.model.weights import Weights
 from qmerge.storage.checkpoint import Checkpoint
 
-TIED = "tie_word_embeddings"
 VOCABULARY = "vocab_size"
 
 
@@ -49,13 +48,7 @@ def reshape(skeleton: Skeleton, *, untied: bool = False, vocabulary: int | None 
         restated[VOCABULARY] = vocabulary
     if not restated:
         return Shape(skeleton=skeleton)
-    config = copy.deepcopy(skeleton.model.config)
-    for part in (config, text_config(config)):
-        for key, value in restated.items():
-            if hasattr(part, key):
-                setattr(part, key, value)
-    built = build_skeleton(config, model_class=type(skeleton.model))
-    made = replace(built, restated={**skeleton.restated, **restated})
+    made = rebuilt(skeleton, restated)
     before, own = skeleton.parameters(), made.tied()
     owners = {name: owner for name, owner in skeleton.tied().items() if name not in own}
     return Shape(

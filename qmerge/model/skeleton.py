@@ -10,7 +10,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from qmerge.errors import ModelError
 from qmerge.model.experts import Fusion, find_fusions, open_experts
 from qmerge.names import WEIGHT, NameMap, Unit, common_unit, module_of, under
 
+TIED = "tie_word_embeddings"
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
 
@@ -239,6 +240,17 @@ def build_skeleton(
     )
 
 
+def rebuilt(skeleton: Skeleton, restated: Mapping[str, Any]) -> Skeleton:
+    """The same model of a configuration that says some things otherwise."""
+    config = copy.deepcopy(skeleton.model.config)
+    for part in (config, text_config(config)):
+        for key, value in restated.items():
+            if hasattr(part, key):
+                setattr(part, key, value)
+    built = build_skeleton(config, model_class=type(skeleton.model))
+    return replace(built, restated={**skeleton.restated, **restated})
+
+
 def _turn(model: nn.Module) -> frozenset[str]:
     """Put linears in place of linears that keep their weight transposed; those weights' names."""
     from transformers.pytorch_utils import Conv1D
@@ -286,7 +298,10 @@ def _find_layers(model: Any, count: int) -> str:
 
 
 def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
-    """Match stored names to the model's parameters as transformers itself would load them."""
+    """Match stored names to the model's parameters as transformers itself would load them.
+
+    A tied parameter may be stored under its second name alone.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -303,6 +318,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
     parameters = skeleton.parameters()
     aliases = skeleton.tied()
     found: dict[str, str] = {}
+    second: dict[str, str] = {}
     unknown = []
     for name in stored:
         target, converted = rename_source_key(
@@ -312,10 +328,19 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             target, converted = rename_source_key(name, [], [], model.base_model_prefix, known)
         if converted is None and target in parameters:
             found[target] = name
-        elif target not in aliases and not _is_ignored(model, name, target):
+        elif converted is None and target in aliases:
+            second[target] = name
+        elif not _is_ignored(model, name, target):
             unknown.append(name)
-    missing = tuple(name for name in parameters if name not in found)
-    return NameMap(stored=found, unknown=tuple(unknown), missing=missing)
+    owned = {aliases[alias]: name for alias, name in second.items() if aliases[alias] not in found}
+    missing = tuple(name for name in parameters if name not in found | owned)
+    return NameMap(
+        stored=found | owned,
+        unknown=tuple(unknown),
+        missing=missing,
+        written={name: name for name in owned},
+        twice={a: (found[aliases[a]], n) for a, n in second.items() if aliases[a] in found},
+    )
 
 
 def _is_ignored(model: Any, *names: str) -> bool:
