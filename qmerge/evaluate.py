@@ -21,12 +21,13 @@ from qmerge.measure import check_limits, limits_of, score_arms
 from qmerge.meter import Meter
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
-from qmerge.model.opening import open_model
+from qmerge.model.opening import open_model, told
 from qmerge.model.reshape import Shape, vocabulary_of
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import Unit
+from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
 from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
@@ -42,7 +43,7 @@ from qmerge.texts import (
     tokenizer_home,
     window_length,
 )
-from qmerge.tuning import Tuning, open_tuning
+from qmerge.tuning import Tuning, open_tuning, tuning_notes
 
 SHARDS = ".safetensors"
 
@@ -55,6 +56,8 @@ class Model:
     skeleton: Skeleton
     weights: Weights
     tuning: Tuning | None
+    notes: tuple[str, ...]
+    """What a reader should know of the base under the adapter."""
 
     @property
     def change(self) -> Change | None:
@@ -91,6 +94,9 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
         models, corpora = _open(recipe)
         inputs = _inputs(models)
         kept = _recorded_survival(recipe, models, inputs)
+    notes = tuple(f"{model.name}: {note}" for model in models for note in model.notes)
+    for note in notes:
+        progress.warn(note)
     device = pick_device(recipe.device)
     with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
         frames, streams = {}, {}
@@ -119,6 +125,7 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
         arms={m.name: {c: found[m.name] for c, found in by_corpus.items()} for m in models},
         inputs=inputs,
         versions=versions(),
+        warnings=notes,
         timings={**meter.seconds, "total": time.monotonic() - began},
         memory=meter.memory,
         peak_rss_bytes=peak_rss(),
@@ -145,20 +152,32 @@ def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:
     skeleton, weights = open_model(asked.folder, trust_remote_code=recipe.trust_remote_code)
     probe(skeleton)
-    tuning = None
+    tuning, notes = None, told(skeleton)
     if asked.adapter is not None:
-        tuning = _tuned(asked, skeleton, weights, faults)
+        alone = Recipe(
+            base=asked.folder,
+            adapter=(f"{asked.adapter}@1",),
+            out=asked.folder,
+            base_quant=None if weights.format.summary.quantized else recipe.base_quant,
+            allow_noop=True,
+        )
+        weights, loaded = as_trained(alone, skeleton, weights)
+        tuning = _tuned(asked, alone, skeleton, weights, faults)
+        notes = (*loaded.notes, *(tuning_notes(tuning, asked.folder) if tuning else ()))
     shape = tuning.shape if tuning else Shape(skeleton=skeleton)
-    return Model(asked=asked, skeleton=shape.skeleton, weights=shape.fit(weights), tuning=tuning)
+    return Model(
+        asked=asked,
+        skeleton=shape.skeleton,
+        weights=shape.fit(weights),
+        tuning=tuning,
+        notes=notes,
+    )
 
 
 def _tuned(
-    asked: Contestant, skeleton: Skeleton, weights: Weights, faults: Faults
+    asked: Contestant, recipe: Recipe, skeleton: Skeleton, weights: Weights, faults: Faults
 ) -> Tuning | None:
     found = Faults()
-    recipe = Recipe(
-        base=asked.folder, adapter=(f"{asked.adapter}@1",), out=asked.folder, allow_noop=True
-    )
     tuning = open_tuning(recipe, skeleton, weights, found)
     options = ("--adapter",)  # it was given without one
     faults.found += [

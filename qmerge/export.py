@@ -40,7 +40,7 @@ from qmerge.storage.shards import (
     write_pieces,
 )
 from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
-from qmerge.tuning import base_notes, open_tuning
+from qmerge.tuning import open_tuning, tuning_notes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -113,7 +113,7 @@ def _open(recipe: Recipe) -> _Source:
     if faults.found:
         raise PlanError(faults.found)
     if tuning:
-        notes += (*tuning.notes, *tuning.change.notes, *base_notes(tuning.adapters, recipe.base))
+        notes += tuning_notes(tuning, recipe.base)
     return _Source(
         skeleton=shape.skeleton,
         weights=shape.fit(weights),

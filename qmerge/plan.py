@@ -23,7 +23,7 @@ from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.machine import existing
 from qmerge.model.frame import probe
-from qmerge.model.opening import open_model, open_original
+from qmerge.model.opening import open_model, open_original, told
 from qmerge.model.reshape import Shape, open_sibling, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -43,7 +43,7 @@ from qmerge.texts import (
     window_length,
 )
 from qmerge.training import Decision, decide
-from qmerge.tuning import Tuning, base_notes, open_tuning
+from qmerge.tuning import Tuning, open_tuning, tuning_notes
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
@@ -122,7 +122,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
     if tuning:
         folders = (recipe.base, recipe.original or recipe.base)
-        notes += (*tuning.notes, *base_notes(tuning.adapters, *folders))
+        notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     return Job(
@@ -142,7 +142,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         at_once=at_once,
         waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once),
         device=pick_device(recipe.device),
-        notes=(*notes, *(tuning.change.notes if tuning else ())),
+        notes=tuple(notes),
     )
 
 
@@ -168,6 +168,7 @@ def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weigh
     """The base as the adapter saw it, and how that is known."""
     folders = tuple(each.folder for each in recipe.adapters())
     loaded = decide(recipe.base_quant, base.format.summary, folders)
+    loaded = dataclasses.replace(loaded, notes=(*told(skeleton), *loaded.notes))
     quant = loaded.quant
     if quant is None:
         return base, loaded

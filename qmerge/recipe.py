@@ -430,6 +430,14 @@ class EvaluateRecipe(Scoring):
         "Name of the checkpoint that the others are compared to.",
         unset="none, and no KL",
     )
+    base_quant: str | None = option(
+        None,
+        BASE_QUANT,
+        "Models",
+        "How training quantized a dense folder under an adapter when it loaded it; none where it"
+        " did not.",
+        unset="what the files beside the adapter say, else none",
+    )
     min_survival: float | None = _survival_limit(
         "Lowest survival of the adapter, as each release's own report has it."
     )

@@ -255,7 +255,12 @@ def misfit_fault(adapter: Adapter, form: str) -> Fault:
     )
 
 
-def base_notes(adapters: Sequence[Adapter], *folders: Path) -> list[str]:
+def tuning_notes(tuning: Tuning, *folders: Path) -> list[str]:
+    """What a reader should know of the change and of the base, which is in one of the folders."""
+    return [*tuning.notes, *_base_notes(tuning.adapters, *folders), *tuning.change.notes]
+
+
+def _base_notes(adapters: Sequence[Adapter], *folders: Path) -> list[str]:
     """What a reader should know of the base that the adapters were trained on."""
     notes = [note for each in adapters if (note := each.base_mismatch(*folders))]
     reasons = [f"{each.path}: {each.base_reason}" for each in adapters if each.base_reason]

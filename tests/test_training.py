@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from qmerge.errors import RecipeError
+from qmerge.evaluate import evaluate
 from qmerge.formats.base import FormatSummary
 from qmerge.formats.simulated import BaseQuant
 from qmerge.plan import make_plan
-from qmerge.recipe import Recipe
+from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.training import decide, read_told
 
 NF4 = BaseQuant(kind="nf4", double=True)
@@ -275,3 +276,60 @@ def test_the_plan_uses_it_and_its_recipe_says_so(
     stored = job.base.format.weights
     assert stored["model.layers.0.mlp.up_proj.weight"].quantized
     assert not stored["model.layers.0.mlp.down_proj.weight"].quantized
+
+
+@pytest.fixture(scope="module")
+def told(tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter with what ms-swift leaves beside it of a base loaded in nf4."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("swift") / "adapter"
+    shutil.copytree(tiny_adapter, folder)
+    (folder / "args.json").write_text(json.dumps(SWIFT))
+    return folder
+
+
+def test_merge_uses_it_and_says_so(
+    tiny_original: Path, tiny_nf4: Path, told: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from qmerge.cli import group
+    from qmerge.storage.checkpoint import Checkpoint
+
+    for base in (tiny_original, tiny_nf4):
+        out = tmp_path / base.name
+        done = CliRunner().invoke(group, ["merge", str(base), str(told), str(out)])
+        assert done.exit_code == 0, done.stderr
+        said = f"{told / 'args.json'} says that training loaded the base in nf4,double"
+        assert (said in " ".join(done.stderr.split())) == (base == tiny_original)
+    fly, saved = (Checkpoint.open(tmp_path / base.name) for base in (tiny_original, tiny_nf4))
+    assert all(torch.equal(fly.read(name), saved.read(name)) for name in saved.tensors)
+
+
+def test_evaluate_uses_it_and_says_so(
+    tiny_original: Path, tiny_nf4: Path, tiny_adapter: Path, told: Path, eval_text: Path
+) -> None:
+    models = {
+        "fly": f"{tiny_original}+{told}",
+        "saved": f"{tiny_nf4}+{told}",
+        "stored": f"{tiny_original}+{tiny_adapter}",
+    }
+    asked = EvaluateRecipe(
+        models=tuple(f"{name}={model}" for name, model in models.items()),
+        eval=(str(eval_text),),
+        eval_windows=2,
+        sequence_length=32,
+    )
+    found = evaluate(asked)
+    fly, saved, stored = (found.arms[name]["evaluation"].perplexity for name in models)
+    assert fly == pytest.approx(saved, rel=1e-9)
+    assert fly != pytest.approx(stored, rel=1e-6)
+    first, *others = found.warnings
+    assert first.startswith(f"fly: {told / 'args.json'} says that training loaded the base in nf4")
+    assert any(
+        note.startswith("stored: the base is dense and is taken as it is") for note in others
+    )
+    assert not any(note.startswith("saved:") and "loaded" in note for note in others)
+    again = evaluate(replace(asked, models=asked.models[1:], base_quant="nf4,double"))
+    assert again.arms["stored"]["evaluation"].perplexity == pytest.approx(fly, rel=1e-9)
