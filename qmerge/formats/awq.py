@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from qmerge.errors import CheckpointError
 from qmerge.formats.base import (
     DENSE_DTYPES,
     FormatSummary,
-    IntegerWeight,
+    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
@@ -38,8 +39,9 @@ BITS = 4
 PER_WORD = 8
 SUFFIXES = ("qweight", "qzeros", "scales")
 
-# Fields of a word, lowest first, hold the outputs 0, 2, 4, 6, 1, 3, 5, 7; so output k lies in:
-FIELD_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+# Fields of a word, lowest first, hold the outputs 0, 2, 4, 6, 1, 3, 5, 7: a byte holds two that are
+# two apart. The first output of each, and the bit where the byte begins.
+BYTE_PLACES = ((0, 0), (4, 8), (1, 16), (5, 24))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +96,18 @@ class AwqReader(Reader):
             summary=_summary(settings, weights),
         )
 
-    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight:
+    def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight:
         linear = self._linears[weight.name]
         qweight, qzeros, scales_GO = (
             self.checkpoint.read(linear.stored(suffix)) for suffix in SUFFIXES
         )
         first, stop, _ = rows.indices(linear.out_features)
-        words = slice(first // PER_WORD, -(-stop // PER_WORD))
-        inside = slice(first % PER_WORD, first % PER_WORD + stop - first)
         scales_GO = expect_finite(linear.stored("scales"), scales_GO[:, rows])
-        return IntegerWeight(
-            codes_OI=unpack_gemm(qweight[:, words])[inside],
+        return PackedWeight(
+            shape=(stop - first, linear.in_features),
+            codes=lambda part: _outputs(qweight, range(first, stop)[part]),
             scales_OG=scales_GO.T.contiguous(),
-            zeros_OG=unpack_gemm(qzeros[:, words])[inside].to(torch.int32),
+            zeros_OG=_outputs(qzeros, range(first, stop)).to(torch.int32),
             g_idx_I=None,
             bits=BITS,
             group_size=linear.group_size,
@@ -114,13 +115,23 @@ class AwqReader(Reader):
         )
 
 
+def _outputs(words: Tensor, rows: range) -> Tensor:
+    """uint8 codes of some outputs, unpacked with the few that share their words."""
+    first = rows.start // PER_WORD
+    codes = unpack_gemm(words[:, first : -(-rows.stop // PER_WORD)])
+    return codes[rows.start - first * PER_WORD : rows.stop - first * PER_WORD]
+
+
 def unpack_gemm(words: Tensor) -> Tensor:
     """uint8 [O, N] of int32 words [N, O/8]: one row per output, in their natural order."""
-    words = words.T.contiguous()
-    codes = torch.empty(words.shape[0], PER_WORD, words.shape[1], dtype=torch.uint8)
-    for output, field in enumerate(FIELD_OF_OUTPUT):
-        codes[:, output] = (words >> (BITS * field)) & ((1 << BITS) - 1)
-    return codes.flatten(0, 1)
+    transposed = np.ascontiguousarray(words.numpy().T)
+    high, wide = transposed.shape
+    codes = np.empty((high, 2, 2, 2, wide), np.uint8)
+    for output, place in BYTE_PLACES:
+        pair = (transposed >> place).astype(np.uint8)
+        np.bitwise_and(pair, (1 << BITS) - 1, out=codes[:, output // 4, 0, output % 2])
+        np.right_shift(pair, BITS, out=codes[:, output // 4, 1, output % 2])
+    return torch.from_numpy(codes.reshape(-1, wide))
 
 
 def _check(settings: Settings) -> None:

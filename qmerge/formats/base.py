@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.headers import TensorInfo
 
 # Elements decoded at a time, so that the passes over them stay in cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 
 ALL = slice(None)
 
@@ -65,11 +65,9 @@ WORD_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegerWeight:
-    """A weight on an integer grid: W[o, i] = scale[o, g(i)] · (code[o, i] − zero[o, g(i)])."""
+class IntegerGrid:
+    """Where the codes of a weight lie: W[o, i] = scale[o, g(i)] · (code[o, i] − zero[o, g(i)])."""
 
-    codes_OI: Tensor
-    """uint8, 0 to 2^bits − 1."""
     scales_OG: Tensor
     """In the dtype they are stored in."""
     zeros_OG: Tensor
@@ -81,38 +79,72 @@ class IntegerWeight:
     """Columns per group; −1 is one group over the whole input."""
     symmetric: bool
 
-    @property
-    def group_of_column(self) -> Tensor:
-        """The group of each column as int64, whether it is written down or not."""
+    def columns(self, width: int) -> Tensor:
+        """The group of each of `width` columns as int64, whether it is written down or not."""
         if self.g_idx_I is not None:
             return self.g_idx_I.long()
-        width = self.codes_OI.shape[1]
         return torch.arange(width) // (width if self.group_size == -1 else self.group_size)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [O, I]: computed in fp32, and rounded once if `dtype` is narrower.
+    def decode(
+        self, shape: tuple[int, int], codes: Callable[[slice], Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """The weight of `shape` whose codes are asked for some rows at a time: computed in fp32,
+        and rounded once if `dtype` is narrower.
 
         In fp32 it is exact for scales of 16 bits: code − zero has at most 9.
         """
-        codes = self.codes_OI
+        width = shape[1]
         scales, zeros = self.scales_OG.float(), self.zeros_OG.float()
         groups = scales.shape[1]
-        even = groups == 1 or groups * self.group_size == codes.shape[1]
-        if self.g_idx_I is None and even:
-            codes = codes.view(len(codes), groups, codes.shape[1] // groups)
-            columns = torch.arange(groups)
+        if self.g_idx_I is None and (groups == 1 or groups * self.group_size == width):
+            scales, zeros = scales.unsqueeze(2), zeros.unsqueeze(2)
+
+            def fill(rows: slice, out: Tensor) -> None:
+                part = out.copy_(codes(rows)).view(-1, groups, width // groups)
+                part.sub_(zeros[rows]).mul_(scales[rows])
         else:
-            columns = self.group_of_column
+            columns = self.columns(width)
 
-        def fill(rows: slice, out: Tensor) -> None:
-            part = out.view(codes[rows].shape)
-            steps = scales[rows].index_select(1, columns)
-            offsets = zeros[rows].index_select(1, columns)
-            if part.dim() == 3:
-                steps, offsets = steps.unsqueeze(2), offsets.unsqueeze(2)
-            part.copy_(codes[rows]).sub_(offsets).mul_(steps)
+            def fill(rows: slice, out: Tensor) -> None:
+                offsets, steps = (of[rows].index_select(1, columns) for of in (zeros, scales))
+                out.copy_(codes(rows)).sub_(offsets).mul_(steps)
 
-        return by_rows(tuple(self.codes_OI.shape), dtype, fill)
+        return by_rows(shape, dtype, fill)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerWeight(IntegerGrid):
+    """A weight on an integer grid."""
+
+    codes_OI: Tensor
+    """uint8, 0 to 2^bits − 1."""
+
+    @property
+    def group_of_column(self) -> Tensor:
+        """The group of each column as int64, whether it is written down or not."""
+        return self.columns(self.codes_OI.shape[1])
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I]."""
+        high, wide = self.codes_OI.shape
+        return self.decode((high, wide), lambda rows: self.codes_OI[rows], dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedWeight(IntegerGrid):
+    """The same, unpacked some rows at a time: what lies between stays in cache."""
+
+    shape: tuple[int, int]
+    codes: Callable[[slice], Tensor]
+    """Some rows of the codes, uint8."""
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [O, I]."""
+        return self.decode(self.shape, self.codes, dtype)
+
+    def unpacked(self) -> IntegerWeight:
+        grid = {each.name: getattr(self, each.name) for each in fields(IntegerGrid)}
+        return IntegerWeight(codes_OI=self.codes(ALL), **grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +252,10 @@ class Reader:
 
     def integer(self, name: str) -> IntegerWeight | None:
         weight = self._find(name)
-        return self._grid(weight, ALL) if weight.quantized else None
+        grid = self._grid(weight, ALL) if weight.quantized else None
+        return None if grid is None else grid.unpacked()
 
-    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight | None:
+    def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight | None:
         return None
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -167,8 +167,8 @@ def decode_blocks(
     half = state.blocksize // 2
 
     def fill(blocks: slice, out: Tensor) -> None:
-        values = look_up(packed[blocks.start * half : blocks.stop * half], pairs)
-        out.view(-1)[: len(values)] = values
+        codes = packed[blocks.start * half : blocks.stop * half]
+        look_up(codes, pairs, out.view(-1)[: 2 * len(codes)])
         out.mul_(absmax[blocks].unsqueeze(1))
         if state.dtype not in (torch.float32, dtype):
             out.copy_(out.to(state.dtype))

@@ -9,7 +9,7 @@ int-quantized and float-quantized: X.weight int8 or FP8 [O, I] with X.weight_sca
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -21,6 +21,7 @@ from qmerge.formats.base import (
     WORD_DTYPES,
     FormatSummary,
     IntegerWeight,
+    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
@@ -113,14 +114,16 @@ class CompressedTensorsReader(Reader):
             summary=_summary(form, settings, schemes, found, weights),
         )
 
-    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight | None:
+    def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight | None:
         linear = self._linears[weight.name]
         if not linear.scheme.integer:
             return None
         g_idx = self._optional(linear, "weight_g_idx")
         scales = self._scales(linear).reshape(-1, linear.groups).expand(linear.shape[0], -1)
-        return IntegerWeight(
-            codes_OI=self._codes(linear, rows),
+        first, stop, _ = rows.indices(linear.shape[0])
+        return PackedWeight(
+            shape=(stop - first, linear.shape[1]),
+            codes=self._codes(linear, rows),
             scales_OG=scales[rows],
             zeros_OG=self._zeros(linear)[rows],
             g_idx_I=real_group_index(
@@ -138,16 +141,17 @@ class CompressedTensorsReader(Reader):
         code, scale = self.checkpoint.read(weight.name), self._scales(linear).to(torch.float32)
         return decode_scaled(code, scale, _block(linear), dtype, rows)
 
-    def _codes(self, linear: CompressedLinear, rows: slice) -> Tensor:
-        """uint8 [O, I], counted from 0."""
+    def _codes(self, linear: CompressedLinear, rows: slice) -> Callable[[slice], Tensor]:
+        """Some of these rows as uint8 [., I], counted from 0."""
         bits, width = linear.scheme.bits, linear.shape[1]
         if "weight_packed" not in linear.parts:
             signed = self.checkpoint.read(linear.stored("weight"))[rows]
             # Modulo 256, in which −128 + 128 is 0 as it should be.
-            return signed.view(torch.uint8) + linear.offset
+            return lambda part: signed[part].view(torch.uint8) + linear.offset
         words = self.checkpoint.read(linear.stored("weight_packed"))[rows]
         dense = words.shape[1] == words_for(width, bits)
-        return (unpack if dense else unpack_word_aligned)(words, bits, width)
+        unpacked = unpack if dense else unpack_word_aligned
+        return lambda part: unpacked(words[part], bits, width)
 
     def _scales(self, linear: CompressedLinear) -> Tensor:
         name = linear.stored("weight_scale")

@@ -139,7 +139,7 @@ def _decode_into(out: Tensor, code: Tensor, table: Tensor) -> None:
     if len(code) % 2 or code.storage_offset() % 2:
         out.copy_(code)
     else:
-        out.copy_(look_up(code.view(torch.uint16), table))
+        look_up(code.view(torch.uint16), table, out)
 
 
 @cache

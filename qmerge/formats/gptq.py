@@ -24,6 +24,7 @@ from qmerge.formats.base import (
     WORD_DTYPES,
     FormatSummary,
     IntegerWeight,
+    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
@@ -134,16 +135,15 @@ class GptqReader(Reader):
             summary=_summary(name, settings, overrides, weights),
         )
 
-    def _grid(self, weight: StoredWeight, rows: slice) -> IntegerWeight:
+    def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight:
         linear, read = self._linears[weight.name], self.checkpoint.read
-        codes_IO = unpack(
-            read(linear.stored("qweight"))[:, rows], linear.bits, linear.in_features, dim=0
-        )
+        words = read(linear.stored("qweight"))[:, rows]
         name = linear.stored("scales")
         scales_GO = expect_finite(name, read(name)[:, rows])
         g_idx = read(linear.stored("g_idx")) if linear.has_g_idx else None
-        return IntegerWeight(
-            codes_OI=codes_IO.T,
+        return PackedWeight(
+            shape=(words.shape[1], linear.in_features),
+            codes=lambda part: unpack(words[:, part], linear.bits, linear.in_features, dim=0).T,
             scales_OG=scales_GO.T.contiguous(),
             zeros_OG=self._zeros(linear, rows).T.contiguous(),
             g_idx_I=real_group_index(
