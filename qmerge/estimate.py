@@ -19,7 +19,7 @@ from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.skeleton import Skeleton, text_config
-from qmerge.names import WEIGHT, Unit, module_of
+from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.recipe import Recipe
 from qmerge.results import PlannedUnit, PlanSummary
 from qmerge.texts import LENS_TOKENS, LOGIT_BYTES
@@ -128,7 +128,7 @@ def _adapter(job: Job) -> str:
 
 def _planned(job: Job, unit: Unit) -> PlannedUnit:
     """One unit's bytes: read from the base and the original, written to the release."""
-    modules = {f"{unit.path}.{name}" for name in job.targets_of(unit)}
+    modules = {join(unit.path, name) for name in job.targets_of(unit)}
     bytes_in = bytes_out = 0
     for parameter in unit.parameters:
         bytes_in += job.base.stored_bytes(parameter)
@@ -289,7 +289,7 @@ def _solving(job: Job) -> float:
 def _groups(job: Job) -> list[tuple[int, int]]:
     """Stacked out features and in features of linears that are quantized together, as far as names
     tell: those of one module and one width."""
-    linears = job.skeleton.linears()
+    linears = job.skeleton.quantizable()
     stacked: dict[tuple[str, int], int] = defaultdict(int)
     for name in job.specs:
         stacked[module_of(name), linears[name].in_features] += linears[name].out_features

@@ -21,12 +21,25 @@ GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 def grids(
-    recipe: Recipe, targets: frozenset[str], spec: GridSpec, faults: Faults
+    recipe: Recipe,
+    targets: frozenset[str],
+    spec: GridSpec,
+    faults: Faults,
+    *,
+    head: str,
+    tied: bool,
 ) -> dict[str, GridSpec]:
-    """The grids of the linears that are quantized, overrides applied."""
+    """The grids of the linears that are quantized, overrides applied. The head is among them where
+    an override names it outright, and cannot be where it is `tied` to the embedding."""
     specs = dict.fromkeys(sorted(targets), spec)
     for text, override in zip(recipe.override, recipe.overrides(), strict=True):
         fitting = [name for name in sorted(targets) if matches(override.pattern, name)]
+        if override.pattern == head:
+            fitting = [head]
+            if tied and not override.skip:
+                message = f"{head} is the embedding under a second name, which stays in 16 bits"
+                hint = "only a head of its own can be quantized"
+                faults.found.append(Fault(where="--override", message=message, hint=hint))
         if not fitting:
             message = f"{text!r} fits no linear that would be quantized"
             hint = f"their names are as {min(targets, default='')}"
@@ -88,7 +101,7 @@ def _fused(group: list[str]) -> list[list[str]]:
 
 def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:
     """Linears whose widths the settings cannot cut into groups or pack into words."""
-    linears = skeleton.linears()
+    linears = skeleton.quantizable()
     uncut: dict[tuple[int, int], str] = {}
     unpacked: dict[tuple[int, int, int], str] = {}
     for name, spec in specs.items():
@@ -123,11 +136,16 @@ def _fitting_group(linears: dict[str, Any], targets: Iterable[str]) -> int:
 def serving_notes(
     form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]
 ) -> list[str]:
-    """What loaders make of a release whose linears differ, or are experts."""
+    """What loaders make of a release whose linears differ, or are experts, or the head."""
     if form == "compressed-tensors":
         return []
     notes = []
-    if len(set(specs.values())) > 1:
+    if skeleton.head() in specs:
+        notes.append(
+            f"transformers has no place for a packed {skeleton.head()} in a {form} release: open"
+            " this one with gptqmodel or vLLM, or write it with --format compressed-tensors"
+        )
+    elif len(set(specs.values())) > 1:
         notes.append(
             f"transformers gives all linears of a {form} release the same bits and groups: open"
             " this one with gptqmodel or vLLM, or write it with --format compressed-tensors"

@@ -110,7 +110,9 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             previous = _open_previous(recipe, plain, skeleton)
         with faults.at("--bits, --group-size"):
             settings = _settings(recipe, base)
-            specs = grids(recipe, _targets(base, skeleton), settings.spec, faults)
+            targets, head = _targets(base, skeleton), skeleton.head()
+            tied = head + WEIGHT in skeleton.tied()
+            specs = grids(recipe, targets, settings.spec, faults, head=head, tied=tied)
             faults.found += misfits(skeleton, specs)
             faults.found += torn(skeleton, specs, siblings)
             notes += serving_notes(settings.format, skeleton, specs)

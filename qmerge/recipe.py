@@ -311,7 +311,8 @@ class Recipe(Scoring):
         "Quantizer",
         "Other settings for the modules whose names PATTERN fits (as for --only); may be repeated,"
         " later ones win. SETTINGS is bits:N, group:N or both with a comma between, or skip, which"
-        " leaves a module in 16 bits.",
+        " leaves a module in 16 bits. A head that is not tied is quantized where PATTERN is its"
+        " very name, as in lm_head=bits:8.",
         unset="none",
     )
     format: OutputFormat | None = option(

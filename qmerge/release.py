@@ -83,6 +83,10 @@ def quantization_settings(job: Job) -> dict[str, Any]:
     """The `quantization_config` of the release: the keys that transformers and servers read."""
     stored = job.base.names.stored
     matrices = {name: module_of(stored[name + WEIGHT]) for name in job.skeleton.matrices()}
+    head = job.skeleton.head()
+    heads = {head, module_of(stored.get(head + WEIGHT, head + WEIGHT))}
+    if head in job.specs:
+        matrices[head] = module_of(stored[head + WEIGHT])
     spec = job.settings.spec
     return quantization_config(
         job.settings.format,
@@ -102,6 +106,7 @@ def quantization_settings(job: Job) -> dict[str, Any]:
             *job.skeleton.stacks(),
         ],
         outside=_outside(job),
+        head=heads,
     )
 
 

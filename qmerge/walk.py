@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,7 @@ from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.progress import Progress, Silent
 from qmerge.results import LayerResult, LinearResult, MergeCheck, Remedy, decode, encode
 from qmerge.stages.evaluate import Scored, advance, distance, key_of, lens, score
+from qmerge.stages.head import gather, requantize_head
 from qmerge.stages.merge import live_layer, live_outer, merge_layer, outer_weights
 from qmerge.stages.requantize import Calibration, ReadWindows, Requantizer, Weight
 from qmerge.storage.shards import ShardRecord, write_shard
@@ -98,6 +99,9 @@ class Walk:
         """Take over what was finished before; the labels of those units."""
         finished = self.workspace.finished()
         for unit in self.units:
+            if unit.kind == "head" and self.job.targets_of(unit):
+                finished.pop(unit.label, None)  # a packed head is needed for the scores
+                break
             if unit.label not in finished:
                 break
             self._take_over(finished[unit.label])
@@ -160,7 +164,13 @@ class Walk:
 
     def outer(self, unit: Unit) -> None:
         """The shard of a unit that moves no hidden states: vision tower, or final norm and head."""
-        self._commit(unit, {s: self._outer_tensors(unit, s) for s in self.job.strategies}, {})
+        shards, layers = {}, {}
+        for strategy in self.job.strategies:
+            shards[strategy] = self._outer_tensors(unit, strategy)
+            for head in self.job.targets_of(unit):
+                layers[strategy], packed = self._head(strategy, head)
+                shards[strategy] |= packed
+        self._commit(unit, shards, layers)
 
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
@@ -379,6 +389,56 @@ class Walk:
                 return stored
         return value.to("cpu", self.job.base.dense_dtype(parameter))
 
+    def _head(self, strategy: str, name: str) -> tuple[LayerResult, dict[str, torch.Tensor]]:
+        """Quantize the head under what it reads of the calibration set; from here on the release is
+        scored with it. What came of it, and what is written."""
+        began, parameter, arm = time.monotonic(), name + WEIGHT, release_arm(strategy)
+        self.progress.doing(f"quantizing {name} ({strategy})")
+        asymmetric, device = self.job.settings.asymmetric, self.job.device
+        merged, source = self.weights[merged_arm(strategy)], self._source(strategy)
+        base = None if parameter in self.job.base.resized else self.job.base.integer(parameter)
+
+        def rows(start: int, stop: int) -> Weight:
+            return Weight(
+                merged_OI=merged.rows(parameter, start, stop).to(device),
+                origin_OI=source.rows(parameter, start, stop).to(device),
+                base=base.rows(start, stop) if base is not None else None,
+                spec=self.job.specs[name],
+            )
+
+        with self._timed("requantize"):
+            inputs = self._head_inputs(strategy)
+            moments = gather(inputs, merged.shape(parameter)[1], device, paired=asymmetric)
+            count, settings = merged.row_count(parameter), self.job.settings
+            grid, result = requantize_head(name, rows, count, moments, settings)
+        self.frames[arm] = Frame(
+            self.job.skeleton, replace(self.weights[arm], packed={parameter: grid})
+        )
+        module = module_of(self.job.base.names.stored[parameter])
+        packed = {f"{module}.{s}": t for s, t in pack(grid, self.job.settings.format).items()}
+        layer = LayerResult(
+            name=name,
+            kind="head",
+            seconds=time.monotonic() - began,
+            bytes=sum(tensor.nbytes for tensor in packed.values()),
+            linears=(result,),
+            survival=pool_survival([result.survival]),
+        )
+        return layer, packed
+
+    def _head_inputs(self, strategy: str) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """What the head reads of the calibration set: the release's own and the reference's."""
+        frames, windows = self._calibrated(), self.job.calibration.tokens.shape[0]
+        for start, stop in batches(windows, self.job.at_once):
+            release, reference = (
+                frames[key].leave(self.streams.read(key, start, stop)).to(self.job.device)
+                if key in frames
+                else None
+                for key in (calibration_key(strategy), reference_key(strategy))
+            )
+            assert release is not None
+            yield release, reference
+
     # What stands outside the layers
 
     def _calibrated(self) -> dict[str, Frame]:
@@ -407,7 +467,10 @@ class Walk:
         """Tensors of a unit outside the layers as they are written, by stored name."""
         weights = self.weights[release_arm(strategy)]
         tensors = {}
+        packed = {name + WEIGHT for name in self.job.targets_of(unit)}
         for parameter in unit.parameters:
+            if parameter in packed:
+                continue
             changed = weights.changed.get(parameter)
             stored = weights.as_stored(parameter) if changed is None else None
             if stored is None:

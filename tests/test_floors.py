@@ -121,7 +121,7 @@ FILES = {
         "reshape",
         "streams",
     ),
-    "stages": ("substitute", "evaluate", "merge", "remedies", "requantize"),
+    "stages": ("substitute", "evaluate", "merge", "remedies", "requantize", "head"),
     "report": (
         "words",
         "text",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -123,6 +123,16 @@ class IntegerWeight(IntegerGrid):
     def group_of_column(self) -> Tensor:
         """The group of each column as int64, whether it is written down or not."""
         return self.columns(self.codes_OI.shape[1])
+
+    def rows(self, start: int, stop: int) -> IntegerWeight:
+        """Some of the rows, on the same groups."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            codes_OI=self.codes_OI[part],
+            scales_OG=self.scales_OG[part],
+            zeros_OG=self.zeros_OG[part],
+        )
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I]."""

@@ -288,7 +288,7 @@ def _summary(
     linears: Sequence[CompressedLinear],
     weights: Sequence[StoredWeight],
 ) -> FormatSummary:
-    first, *others = schemes
+    first, *others = sorted(schemes, key=lambda scheme: not scheme.of_class)
     version = settings.values.get("version")
     return FormatSummary(
         method="compressed-tensors",
@@ -335,8 +335,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The `quantization_config` of a packed release.
 
-    `quantized` has bits and group size of the linears that are packed, and `kept` every linear
-    outside the head that stays in 16 bits. RecipeError for the column order `full`, as in
+    `quantized` has bits and group size of the linears that are packed, and `kept` every linear that
+    stays in 16 bits, the head among them. RecipeError for the column order `full`, as in
     `pack_compressed`.
     """
     if order == "full":
@@ -370,5 +370,5 @@ def quantization_config(
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": each for number, each in enumerate(groups)},
-        "ignore": sorted({"lm_head", *kept}),
+        "ignore": sorted({*kept}),
     }

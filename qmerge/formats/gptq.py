@@ -11,7 +11,7 @@ runs into the next field. A file must be read the way it was written.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -368,13 +368,15 @@ def quantization_config(
     writer: str,
     quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str] = (),
+    head: Collection[str] = ("lm_head",),
 ) -> dict[str, Any]:
     """The settings for config.json (`quantization_config`) and for quantize_config.json.
 
-    `quantized` and `kept` are the linears of the decoder layers that are packed, each with its bits
-    and group size, and that stay in 16 bits, by module name: gptqmodel and vLLM learn of the
-    latter, and of bits and groups of their own, from `dynamic`, transformers learns what is packed
-    from `modules_in_block_to_quantize`. `writer` is a program and its version as in `qmerge:1.0`.
+    `quantized` and `kept` are the linears that are packed, each with its bits and group size, and
+    those of the decoder layers that stay in 16 bits, by module name; one of the former may be the
+    `head`. gptqmodel and vLLM learn of what stays, and of bits and groups of their own, from
+    `dynamic`, transformers learns what is packed from `modules_in_block_to_quantize`. `writer` is a
+    program and its version as in `qmerge:1.0`.
 
     RecipeError for asymmetric v1, which gptqmodel loads from no writer but itself.
     """
@@ -390,7 +392,7 @@ def quantization_config(
         "group_size": group_size,
         "desc_act": desc_act,
         "sym": symmetric,
-        "lm_head": False,
+        "lm_head": not quantized.keys().isdisjoint(head),
         "checkpoint_format": name,
         "format": name,
         "pack_dtype": "int32",
@@ -406,7 +408,7 @@ def quantization_config(
     if dynamic := _dynamic((bits, group_size), dict.fromkeys(kept) | dict(quantized)):
         config["dynamic"] = dynamic
     if kept:
-        config["modules_in_block_to_quantize"] = [sorted(quantized)]
+        config["modules_in_block_to_quantize"] = [sorted(quantized.keys() - {*head})]
     return config
 
 

@@ -30,6 +30,11 @@ class Scheme:
     """Columns per scale; −1 for a scale per row or for all."""
     block: tuple[int, int] | None
 
+    @property
+    def of_class(self) -> bool:
+        """Whether it is for a class of modules, as `Linear`, and not for some by name."""
+        return any(target[:1].isupper() for target in self.targets)
+
 
 def read_schemes(settings: Settings) -> tuple[Scheme, ...]:
     """The config groups; CheckpointError for a form that cannot be decoded weight by weight."""
@@ -104,7 +109,7 @@ def scheme_of(module: str, schemes: Sequence[Scheme]) -> Scheme:
             return scheme
     for scheme in schemes:
         # Which class a module has only the model knows; what is quantized is a linear.
-        if any("." not in target and ":" not in target for target in scheme.targets):
+        if scheme.of_class:
             return scheme
     raise CheckpointError(
         f"{module}: quantized, and no target in config_groups names it",

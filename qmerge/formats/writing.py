@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -35,12 +35,15 @@ def quantization_config(
     quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
     outside: Iterable[str] = (),
+    head: Collection[str] = ("lm_head",),
 ) -> dict[str, Any]:
     """The `quantization_config` that readers of the format need.
 
-    `quantized` and `kept` name the linears of the decoder layers that are packed, each with its
-    bits and group size, and that stay dense; `outside` are those elsewhere, as in a vision tower.
+    `quantized` and `kept` name the linears that are packed, each with its bits and group size, and
+    those of the decoder layers that stay dense; `outside` are those elsewhere, as in a vision
+    tower, and `head` are the names of the output embedding.
     """
+    packs_head = not quantized.keys().isdisjoint(head)
     if form == "compressed-tensors":
         from qmerge.formats import compressed_tensors
 
@@ -50,7 +53,7 @@ def quantization_config(
             symmetric=symmetric,
             order=order,
             quantized=quantized,
-            kept=[*kept, *outside],
+            kept=[*kept, *outside, *(() if packs_head else head)],
         )
     config = gptq.quantization_config(
         bits=bits,
@@ -62,6 +65,7 @@ def quantization_config(
         writer=writer,
         quantized=quantized,
         kept=kept,
+        head=head,
     )
     elsewhere: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in sorted(outside)}
     return config | ({"dynamic": {**config.get("dynamic", {}), **elsewhere}} if elsewhere else {})

@@ -76,6 +76,16 @@ class Skeleton:
             if isinstance(module, nn.Linear)
         }
 
+    def head(self) -> str:
+        """The name of the output embedding."""
+        head = self.model.get_output_embeddings()
+        names = (name for name, module in self.model.named_modules() if module is head)
+        return str(next(names))
+
+    def quantizable(self) -> dict[str, nn.Linear]:
+        """The linears inside the layers, and the output embedding."""
+        return {**self.linears(), self.head(): self.model.get_output_embeddings()}
+
     def replaceable(self) -> tuple[str, ...]:
         """Linears that transformers replaces where it loads a model in 4 or 8 bits: those of the
         plain class, wherever they are, but the head."""

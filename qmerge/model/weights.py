@@ -24,7 +24,8 @@ ALIGNED = 64
 class Weights:
     """A checkpoint seen through the model's parameter names.
 
-    `changed` holds tensors that replace stored ones (merged embeddings, say), `resized` the rows
+    `changed` holds tensors that replace stored ones (merged embeddings, say), `packed` those that
+    do on an integer grid, `resized` the rows
     of those with another vocabulary than the stored one: cut, or filled up with the mean row.
     `turned` are weights that lie as [I, O] in a dense checkpoint, and as [O, I] in the model and
     where they are packed.
@@ -34,17 +35,22 @@ class Weights:
     names: NameMap
     checkpoint: Checkpoint
     changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    packed: Mapping[str, IntegerWeight] = field(default_factory=dict)
     resized: Mapping[str, int] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
+        if parameter in self.packed:
+            return self.packed[parameter].dense()
         if parameter in self.changed:
             return self.changed[parameter]
         return self._fitted(parameter, self.format.dense(self.names.stored[parameter]))
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of one parameter as float32, without decoding the rest."""
+        if parameter in self.packed:
+            return self.packed[parameter].rows(start, stop).dense()
         if parameter in self.changed:
             return self.changed[parameter][start:stop]
         stored = self.names.stored[parameter]

@@ -23,7 +23,16 @@ from torch import nn
 from torch.nn.functional import linear
 
 from qmerge.formats.base import IntegerWeight
-from qmerge.gptq import Drift, Grid, GridSpec, Hessian, Update, expressible, solve_update
+from qmerge.gptq import (
+    Drift,
+    Grid,
+    GridSpec,
+    Hessian,
+    Solution,
+    Update,
+    expressible,
+    solve_update,
+)
 from qmerge.job import Settings
 from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
@@ -273,21 +282,7 @@ class Requantizer:
         self, group: Group, moments: Moments, H_II: torch.Tensor, settings: Settings
     ) -> tuple[Update, ...]:
         weights = [self._weights[name] for name in group]
-        return solve_update(
-            torch.cat([weight.merged_OI for weight in weights]),
-            torch.cat([weight.origin_OI for weight in weights]),
-            H_II,
-            settings.spec,
-            rows=tuple(weight.merged_OI.shape[0] for weight in weights),
-            order=settings.order,
-            damping=settings.damping,
-            base=_base_grid([weight.base for weight in weights], settings),
-            grid=settings.grid,
-            unit_survival=settings.unit_survival,
-            refine=settings.refine,
-            drift_II=moments.drift.mean() if moments.drift else None,
-            residual_OI=moments.residual[0].mean() if moments.residual else None,
-        )
+        return solve_stacked(weights, H_II, moments, settings)
 
     def _seek_remedy(self, group: Group, moments: Moments, H_II: torch.Tensor) -> None:
         """The cheapest setting that would have kept the adapter, tried here and now: siblings
@@ -309,34 +304,12 @@ class Requantizer:
 
     def _place(self, name: str, update: Update, H_II: torch.Tensor, dropped: int) -> None:
         weight, solution = self._weights[name], update.solution
-        spec = weight.spec
         self._modules[name].weight = nn.Parameter(solution.weight_OI, requires_grad=False)
-        self.packed[name] = IntegerWeight(
-            codes_OI=solution.codes_OI,
-            scales_OG=solution.scales_OG,
-            zeros_OG=solution.zeros_OG,
-            g_idx_I=solution.g_idx_I,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            symmetric=spec.symmetric,
-        )
-        power = output_power(weight.merged_OI, H_II)
-        lost = f"{dropped} calibration tokens were not finite" if dropped else None
+        self.packed[name] = on_grid(solution, weight.spec)
         tokens, few = self._tokens(name)
-        self.results[name] = LinearResult(
-            name=name,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            grid=_grid_name(update.anchored),
-            anchored=update.anchored,
-            kappa=update.kappa,
-            loss=solution.loss,
-            error=solution.loss / power if power > 0 else None,
-            damping=solution.damping,
-            fallback="; ".join(filter(None, (few, solution.fallback, lost))) or None,
-            tokens=tokens,
-            survival=_survival(weight, update, H_II),
-        )
+        found = told(name, weight, update, H_II, dropped)
+        fallback = "; ".join(filter(None, (few, found.fallback))) or None
+        self.results[name] = replace(found, tokens=tokens, fallback=fallback)
 
     def _tokens(self, name: str) -> tuple[int | None, str | None]:
         """How many calibration tokens chose an expert, and what was done where they are few."""
@@ -347,6 +320,62 @@ class Requantizer:
         assert block.chosen is not None
         tokens = block.chosen[number]
         return tokens, FEW_TOKENS if tokens < block.least else None
+
+
+def solve_stacked(
+    weights: Sequence[Weight], H_II: torch.Tensor, moments: Moments, settings: Settings
+) -> tuple[Update, ...]:
+    """Requantize weights that read the same input, under what was gathered of it."""
+    return solve_update(
+        torch.cat([weight.merged_OI for weight in weights]),
+        torch.cat([weight.origin_OI for weight in weights]),
+        H_II,
+        settings.spec,
+        rows=tuple(weight.merged_OI.shape[0] for weight in weights),
+        order=settings.order,
+        damping=settings.damping,
+        base=_base_grid([weight.base for weight in weights], settings),
+        grid=settings.grid,
+        unit_survival=settings.unit_survival,
+        refine=settings.refine,
+        drift_II=moments.drift.mean() if moments.drift else None,
+        residual_OI=moments.residual[0].mean() if moments.residual else None,
+    )
+
+
+def on_grid(solution: Solution, spec: GridSpec) -> IntegerWeight:
+    """What is packed of a solution."""
+    return IntegerWeight(
+        codes_OI=solution.codes_OI,
+        scales_OG=solution.scales_OG,
+        zeros_OG=solution.zeros_OG,
+        g_idx_I=solution.g_idx_I,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        symmetric=spec.symmetric,
+    )
+
+
+def told(
+    name: str, weight: Weight, update: Update, H_II: torch.Tensor, dropped: int
+) -> LinearResult:
+    """How a linear came out; `dropped` calibration tokens were not finite."""
+    solution, spec = update.solution, weight.spec
+    power = output_power(weight.merged_OI, H_II)
+    lost = f"{dropped} calibration tokens were not finite" if dropped else None
+    return LinearResult(
+        name=name,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        grid=grid_name(update.anchored),
+        anchored=update.anchored,
+        kappa=update.kappa,
+        loss=solution.loss,
+        error=solution.loss / power if power > 0 else None,
+        damping=solution.damping,
+        fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
+        survival=_survival(weight, update, H_II),
+    )
 
 
 def _modules(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -373,7 +402,7 @@ def _base_grid(bases: Sequence[IntegerWeight | None], settings: Settings) -> Gri
     )
 
 
-def _grid_name(anchored: float) -> str:
+def grid_name(anchored: float) -> str:
     return {0.0: "fresh", 1.0: "anchored"}.get(anchored, f"{100 * anchored:.0f}% anchored")
 
 

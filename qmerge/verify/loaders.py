@@ -61,6 +61,10 @@ class Opened:
             (packed if self.weights.is_quantized(name + WEIGHT) else kept).append(stored)
         return packed, kept
 
+    def packs_head(self) -> bool:
+        name = self.skeleton.head() + WEIGHT
+        return name in self.weights.names.stored and self.weights.is_quantized(name)
+
 
 def check_settings(opened: Opened, findings: Findings) -> None:
     """The settings against the report, against themselves, and against the loaders."""
@@ -114,7 +118,7 @@ def _check_transformers(opened: Opened, findings: Findings) -> None:
     named = config.get("architectures")
     lacking = [] if isinstance(named, list) and named else ["config.json names no architectures"]
     findings.say("transformers-architectures", lacking, f"config.json names {named}")
-    head = module_of(_head_name(opened.skeleton))
+    head = opened.skeleton.head()
     tied = head + WEIGHT in opened.skeleton.tied()
     extra = [name for name in opened.weights.format.weights if module_of(name) == head and tied]
     well = "the head is stored where it is not tied, and nowhere else"
@@ -185,19 +189,12 @@ def _outcome(holds: bool, chosen: bool) -> Outcome:
     return "note" if chosen else "fail"
 
 
-def _head_name(skeleton: Skeleton) -> str:
-    head = skeleton.model.get_output_embeddings()
-    return next(f"{name}.weight" for name, m in skeleton.model.named_modules() if m is head)
-
-
 def _head_faults(opened: Opened) -> Iterator[str]:
     claimed = bool(opened.settings.get("lm_head", False))
-    name = _head_name(opened.skeleton)
-    stored = name in opened.weights.names.stored
-    quantized = stored and opened.weights.is_quantized(name)
-    if quantized and not claimed:
+    name, packed = opened.skeleton.head(), opened.packs_head()
+    if packed and not claimed:
         yield f"{name} is packed, and lm_head is not true"
-    if claimed and not quantized:
+    if claimed and not packed:
         yield f"{name} is not packed, and lm_head is true"
 
 
@@ -273,7 +270,11 @@ def _check_compressed(opened: Opened, findings: Findings) -> None:
     ignored = settings.get("ignore") or []
     wrong = [f"{m} is not packed, and `ignore` does not name it" for m in kept if m not in ignored]
     wrong += [f"{m} is packed, and `ignore` names it" for m in packed if m in ignored]
-    wrong += [] if "lm_head" in ignored else ["`ignore` does not name lm_head"]
+    head, named = opened.skeleton.head(), opened.skeleton.head() in ignored
+    if opened.packs_head() and named:
+        wrong.append(f"{head} is packed, and `ignore` names it")
+    if not opened.packs_head() and not named:
+        wrong.append(f"`ignore` does not name {head}")
     findings.say("kept-modules", wrong, "`ignore` names what is not packed")
     _check_dtypes(opened, ("weight_scale",), findings)
 

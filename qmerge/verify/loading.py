@@ -68,6 +68,8 @@ def _misread(opened: Opened) -> str | None:
     """Why transformers is not even asked to load a release: it would answer with a model."""
     if opened.settings.get("quant_method") != "gptq":
         return None
+    if opened.packs_head():
+        return "transformers has no place for a packed head"
     if any(not str(key).startswith("-:") for key in opened.settings.get("dynamic") or ()):
         return "transformers gives all linears the same bits and groups, and `dynamic` has others"
     parts = [part for fusion in opened.skeleton.fusions for part in fusion.parts]

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from qmerge.errors import PlanError, RecipeError
+from qmerge.formats.base import IntegerWeight
 from qmerge.gptq import Hessian
 from qmerge.job import Job
-from qmerge.measure import linear_survival, pool_survival, relative_error
+from qmerge.measure import linear_survival, output_power, pool_survival, relative_error
 from qmerge.model.experts import calibrating, count_choices
-from qmerge.model.frame import Frame
+from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, before_linears, fill, move, run, sibling_groups
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
@@ -105,6 +106,8 @@ class Proof:
                 progress.step(unit.label)
                 if unit.kind != "layer":
                     self._compare(unit.parameters, merged_outer.tensor)
+                    for head in self.job.targets_of(unit):
+                        self._head(head, merged_outer, text.head() if text is not None else None)
                     continue
                 origin = self.origin.unit(unit)
                 live = live_layer(self.job.skeleton, self.job.change, unit, origin)
@@ -179,19 +182,43 @@ class Proof:
             base = self.job.base.integer(full + WEIGHT)
             merged_OI, release_OI = merged[name + WEIGHT], grid.dense()
             H_II = seconds[name].mean().cpu() if seconds else torch.eye(merged_OI.shape[1])
-            found = linear_survival(
-                origin[name + WEIGHT],
-                merged_OI,
-                release_OI,
-                H_II,
-                float(grid.scales_OG.float().mean()),
-                codes_OI=grid.codes_OI,
-                base_codes_OI=base.codes_OI if base is not None else None,
-            )
+            found = _measured(origin[name + WEIGHT], merged_OI, release_OI, H_II, grid, base)
             self.survivals[full] = found
             self._hold(full, found, said)
             if seconds and not _close(relative_error(merged_OI, release_OI, H_II), said.error):
                 self.wrong["error"].append(full)
+
+    def _head(self, name: str, merged: Weights, second: Hessian | None) -> None:
+        """The same of a packed head, whose rows are too many to look at at once."""
+        parameter, said = name + WEIGHT, self.reported.get(name)
+        packed = self.release.is_quantized(parameter)
+        grid = self.release.integer(parameter) if packed else None
+        if said is None or grid is None:
+            return
+        base = None if parameter in self.origin.resized else self.job.base.integer(parameter)
+        H_II = second.mean().cpu() if second is not None else torch.eye(grid.codes_OI.shape[1])
+        found, lost, power = [], 0.0, 0.0
+        for start, stop in batches(merged.row_count(parameter), ROWS_AT_ONCE):
+            merged_OI = merged.rows(parameter, start, stop)
+            part = grid.rows(start, stop)
+            found.append(
+                _measured(
+                    self.origin.rows(parameter, start, stop),
+                    merged_OI,
+                    part.dense(),
+                    H_II,
+                    part,
+                    base.rows(start, stop) if base is not None else None,
+                )
+            )
+            lost += output_power(part.dense() - merged_OI, H_II)
+            power += output_power(merged_OI, H_II)
+        pooled = pool_survival(found)
+        assert pooled is not None
+        self.survivals[name] = pooled
+        self._hold(name, pooled, said)
+        if second is not None and not _close(lost / power if power > 0 else None, said.error):
+            self.wrong["error"].append(name)
 
     def _hold(self, name: str, found: Survival, said: LinearResult) -> None:
         """The figures that need no text, and with it those that do."""
@@ -203,6 +230,25 @@ class Proof:
             self.wrong["survival"].append(text)
 
 
+def _measured(
+    origin_OI: torch.Tensor,
+    merged_OI: torch.Tensor,
+    release_OI: torch.Tensor,
+    H_II: torch.Tensor,
+    grid: IntegerWeight,
+    base: IntegerWeight | None,
+) -> Survival:
+    return linear_survival(
+        origin_OI,
+        merged_OI,
+        release_OI,
+        H_II,
+        float(grid.scales_OG.float().mean()),
+        codes_OI=grid.codes_OI,
+        base_codes_OI=base.codes_OI if base is not None else None,
+    )
+
+
 class _Text:
     """The calibration text through the release, as it was when each linear was quantized."""
 
@@ -211,7 +257,7 @@ class _Text:
         windows, length = job.calibration.tokens.shape
         width = int(text_config(job.skeleton.model.config).hidden_size)
         self.streams = Streams(scratch, {TEXT: Stream(windows=windows, length=length, width=width)})
-        frame = Frame(job.skeleton, release)
+        self.frame = frame = Frame(job.skeleton, release)
         calls = frame.enter_all(
             job.calibration.tokens,
             job.calibration.inputs,
@@ -244,6 +290,16 @@ class _Text:
                 self.streams.append(TEXT, forward())
         self.streams.turn()
         return {name: moments[group[0]] for group in groups for name in group}
+
+    def head(self) -> Hessian:
+        """The second moment of what the head reads."""
+        found: Hessian | None = None
+        for start, stop in self._batches():
+            inputs = self.frame.leave(self.streams.read(TEXT, start, stop))
+            found = found or Hessian(inputs.shape[-1])
+            found.add(inputs)
+        assert found is not None
+        return found
 
     def _forwards(self, layer: nn.Module, call: Call) -> Iterator[Callable[[], torch.Tensor]]:
         for start, stop in self._batches():
