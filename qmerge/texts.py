@@ -59,7 +59,10 @@ def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if importlib.util.find_spec("torchvision") is None:
-            hint = "transformers makes the processors of many models with torchvision: install it"
+            hint = (
+                "transformers makes the processors of many models with torchvision: install the"
+                " version that belongs to this torch, built for a CPU where torch is"
+            )
         raise CorpusError(
             f"{folder}: transformers cannot open the processor: {first_line(error)}", hint=hint
         ) from error
