@@ -180,7 +180,9 @@ def _merged(source: _Source, unit: Unit) -> Mapping[str, torch.Tensor]:
     if unit.kind != "layer":
         found = merge_outer(change, unit, dense)
     else:
-        relative = merge_layer(change, live_layer(source.skeleton, change, unit, dense))
+        live = live_layer(source.skeleton, change, unit, dense)
+        dense.clear()  # what PEFT changes is a copy
+        relative = merge_layer(change, live)
         found = {join(unit.path, name): tensor for name, tensor in relative.items()}
     return {name: tensor for name, tensor in found.items() if name in change.touched}
 
