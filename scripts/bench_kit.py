@@ -47,6 +47,13 @@ def taking() -> Iterator[None]:
     print(MARK + json.dumps(taken), flush=True)
 
 
+def import_early() -> None:
+    """What qmerge imports only where it is needed; other engines have imported theirs by then."""
+    import matplotlib.figure  # noqa: F401
+    import peft  # noqa: F401
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+
 def contend(script: Path, name: str, *arguments: str, python: str = sys.executable) -> Taken:
     """Run `script --contender NAME ARGUMENTS` under an interpreter of the contender's."""
     command = [python, str(script), "--contender", name, *arguments]

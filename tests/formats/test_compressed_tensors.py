@@ -425,7 +425,7 @@ def test_the_package_takes_our_settings(symmetric: bool, group_size: int, order:
     assert weights is not None
     assert (weights.num_bits, weights.symmetric) == (4, symmetric)
     assert weights.strategy == ("channel" if group_size == -1 else "group")
-    assert theirs.ignore == ["lm_head", "model.x"]
+    assert theirs.ignore == ["model.x"]
     assert str(theirs.format) == "pack-quantized"
 
 
@@ -448,8 +448,9 @@ def test_act_order_is_not_written() -> None:
             True,
             {"model.layers.0.mlp.down_proj": (8, 16), "model.layers.1.self_attn.o_proj": (4, 64)},
         ),
+        (True, {"lm_head": (8, 32)}),
     ],
-    ids=["symmetric", "asymmetric", "overrides"],
+    ids=["symmetric", "asymmetric", "overrides", "packed head"],
 )
 def test_transformers_loads_a_release(
     tmp_path: Path, symmetric: bool, own: dict[str, tuple[int, int]]
@@ -467,15 +468,15 @@ def test_transformers_loads_a_release(
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        tie_word_embeddings=True,
+        tie_word_embeddings="lm_head" not in own,
     )
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    kept = ["model.layers.1.mlp.down_proj"]
+    kept = ["model.layers.1.mlp.down_proj", *({"lm_head"} - own.keys())]
     quantized: dict[str, tuple[int, int]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for seed, (name, parameter) in enumerate(reference.named_parameters()):
         module = name.removesuffix(".weight")
-        if not module.endswith("_proj") or module in kept:
+        if not module.endswith(("_proj", "lm_head")) or module in kept:
             tensors[name] = parameter.data
             continue
         rows, columns = parameter.shape
