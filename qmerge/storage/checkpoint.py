@@ -18,7 +18,7 @@ from qmerge.storage.pickled import PickledFile
 
 # A mapped file counts as memory in use, page by page, until its mapping goes. Mappings are dropped
 # after this many bytes read, and those under living tensors go with the tensors.
-_MAPPED_BYTES = 256 * 2**20
+_MAPPED_BYTES = 64 * 2**20
 
 _WEIGHTS_OF_ANY_KIND = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ggml|ot|tflite|npz)$|\.index\.json$"
