@@ -119,7 +119,8 @@ def _check_transformers(opened: Opened, findings: Findings) -> None:
     lacking = [] if isinstance(named, list) and named else ["config.json names no architectures"]
     findings.say("transformers-architectures", lacking, f"config.json names {named}")
     head = opened.skeleton.head()
-    tied = head + WEIGHT in opened.skeleton.tied()
+    # A head that differs from what the config ties it to is opened as one of its own.
+    tied = head + WEIGHT in opened.skeleton.tied() or bool(config.get("tie_word_embeddings"))
     extra = [name for name in opened.weights.format.weights if module_of(name) == head and tied]
     well = "the head is stored where it is not tied, and nowhere else"
     findings.say("transformers-tied-head", [f"{n} is stored, and is tied" for n in extra], well)
