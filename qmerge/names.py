@@ -50,6 +50,12 @@ class NameMap:
     def to_write(self, parameter: str) -> str:
         return self.written.get(parameter, self.stored[parameter])
 
+    def module_to_write(self, module: str) -> str:
+        """What `module` is called where it is written; one that is not, such as a tied head, keeps
+        its name."""
+        parameter = module + WEIGHT
+        return module_of(self.to_write(parameter)) if parameter in self.stored else module
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:

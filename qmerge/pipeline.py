@@ -352,7 +352,7 @@ def _remedies(job: Job, layers: Sequence[LayerResult]) -> Iterator[Remedy]:
 
 
 def _on_disk(job: Job, name: str) -> str:
-    return module_of(job.base.names.stored[name + WEIGHT])
+    return job.base.names.module_to_write(name)
 
 
 def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:

@@ -11,7 +11,6 @@ from qmerge import __version__
 from qmerge.formats.writing import quantization_config
 from qmerge.job import Job
 from qmerge.model.reshape import restate
-from qmerge.names import WEIGHT, module_of
 from qmerge.provenance import CARD
 from qmerge.report import render, render_card, render_json
 from qmerge.results import RunResult
@@ -81,12 +80,12 @@ def write_config(job: Job, folder: Path) -> dict[str, str]:
 
 def quantization_settings(job: Job) -> dict[str, Any]:
     """The `quantization_config` of the release: the keys that transformers and servers read."""
-    stored = job.base.names.stored
-    matrices = {name: module_of(stored[name + WEIGHT]) for name in job.skeleton.matrices()}
+    names = job.base.names
+    matrices = {name: names.module_to_write(name) for name in job.skeleton.matrices()}
     head = job.skeleton.head()
-    heads = {head, module_of(stored.get(head + WEIGHT, head + WEIGHT))}
+    heads = {head, names.module_to_write(head)}
     if head in job.specs:
-        matrices[head] = module_of(stored[head + WEIGHT])
+        matrices[head] = names.module_to_write(head)
     spec = job.settings.spec
     return quantization_config(
         job.settings.format,
@@ -113,9 +112,9 @@ def quantization_settings(job: Job) -> dict[str, Any]:
 def _outside(job: Job) -> set[str]:
     """Linears outside the layers by the names that they have on disk and in memory: readers that
     would look for packed ones there go by the one or the other."""
-    stored, inside = job.base.names.stored, job.skeleton.linears()
+    inside = job.skeleton.linears()
     elsewhere = [name for name in job.skeleton.replaceable() if name not in inside]
-    return {*elsewhere, *(module_of(stored[name + WEIGHT]) for name in elsewhere)}
+    return {*elsewhere, *map(job.base.names.module_to_write, elsewhere)}
 
 
 def write_papers(job: Job, folder: Path, result: RunResult) -> RunResult:

@@ -28,7 +28,7 @@ from qmerge.model.layer import Call, fill, move
 from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights, model_dtype
-from qmerge.names import WEIGHT, Unit, join, module_of
+from qmerge.names import WEIGHT, Unit, join
 from qmerge.progress import Progress, Silent
 from qmerge.results import LayerResult, LinearResult, MergeCheck, Remedy, decode, encode
 from qmerge.stages.evaluate import Scored, advance, distance, key_of, lens, score
@@ -331,18 +331,18 @@ class Walk:
             replace(work.results[name], name=join(unit.path, name))
             for name in self.job.targets_of(unit)
         ]
-        stored = self.job.base.names.stored
+        names = self.job.base.names
         result.remedies[strategy] = [
             replace(found, where=tuple(join(unit.path, name) for name in found.where))
             for found in work.remedies
         ]
         tensors = {
-            stored[full]: self.job.base.on_disk(full, tensor)
+            names.to_write(full): self.job.base.on_disk(full, tensor)
             for name, tensor in written.items()
             if (full := join(unit.path, name))
         }
         for name, weight in work.packed.items():
-            module = module_of(stored[join(unit.path, name) + WEIGHT])
+            module = names.module_to_write(join(unit.path, name))
             packed = pack(weight, self.job.settings.format)
             tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed.items()}
         return tensors
@@ -414,7 +414,7 @@ class Walk:
         self.frames[arm] = Frame(
             self.job.skeleton, replace(self.weights[arm], packed={parameter: grid})
         )
-        module = module_of(self.job.base.names.stored[parameter])
+        module = self.job.base.names.module_to_write(name)
         packed = {f"{module}.{s}": t for s, t in pack(grid, self.job.settings.format).items()}
         layer = LayerResult(
             name=name,

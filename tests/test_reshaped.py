@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from qmerge.errors import PlanError
@@ -23,6 +24,7 @@ from qmerge.plan import make_plan
 from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.verify import Against, verify
+from tests.test_pipeline import decoded_model
 
 LENGTH, WINDOWS, TOKENS = 32, 8, 512
 NEW = ["<|call|>", "<|answer|>"]
@@ -331,8 +333,6 @@ def test_only_the_tokenizer_files_are_taken(tiny_original: Path, tmp_path: Path)
 def two_heads(folder: Path, kept: str) -> Path:
     """A model whose config ties its head, stored with another head too (`both`), with the same one
     (`copy`), or with the head's tensor alone (`head`)."""
-    from safetensors.torch import load_file, save_file
-
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -363,6 +363,47 @@ def test_a_head_stored_beside_the_embedding_is_taken_as_transformers_does(
     assert any("ties the head to the embedding" in note for note in said["notes"]) is (
         kept == "both"
     )
+
+
+def head_alone(base: Path, folder: Path) -> Path:
+    """The base with its tied weight stored under the head's name alone."""
+    dense(base).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "stored"), [("head saved", "embed_tokens"), ("lora on the head", "lm_head")]
+)
+def test_a_head_that_was_untied_can_be_quantized(
+    case: str, stored: str, asked: Recipe, tiny_original: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    """It goes by its own name, whichever of the two the base has."""
+    both = stored == "embed_tokens"
+    base = tiny_original if both else head_alone(tiny_original, tmp_path / "base")
+    adapter = train(dense(base), tmp_path / "adapter", **UNTYING[case])
+    recipe = replace(
+        asked,
+        base=base,
+        adapter=(str(adapter),),
+        out=tmp_path / "release",
+        override=("lm_head=bits:8",),
+        format="gptq" if both else "compressed-tensors",
+    )
+    result = run(recipe)
+    names = Checkpoint.open(recipe.out).tensors.keys()
+    packed = {"lm_head.qweight" if both else "lm_head.weight_packed", "model.embed_tokens.weight"}
+    assert {name for name in names if "lm_head" in name or "embed" in name} >= packed
+    assert "lm_head.weight" not in names
+    found = perplexity(decoded_model(recipe.out), recipe.out, eval_text)
+    assert result.arms["release"]["held_out"].perplexity == pytest.approx(found, rel=1e-5)
+    live_one = perplexity(live(dense(base), adapter), base, eval_text)
+    assert result.arms["trained"]["held_out"].perplexity == pytest.approx(live_one, rel=1e-5)
+    proved = verify(recipe.out, against=Against(base=base, adapters=(adapter,), original=None))
+    assert proved.failed == ()
 
 
 def test_an_adapter_lands_on_a_head_that_only_the_config_ties(tmp_path: Path) -> None:

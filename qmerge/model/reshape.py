@@ -35,7 +35,8 @@ class Shape:
         stored = dict(weights.names.stored)
         added = {name: owner for name, owner in self.owners.items() if name not in stored}
         stored |= {name: stored[owner] for name, owner in added.items()}
-        names = replace(weights.names, stored=stored, written={name: name for name in added})
+        written = {**weights.names.written, **{name: name for name in added}}
+        names = replace(weights.names, stored=stored, written=written)
         return replace(weights, names=names, resized={**weights.resized, **self.rows})
 
 
