@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qmerge.errors import StorageError
-from qmerge.storage.shards import sync_folder, translated
+from qmerge.storage.shards import in_pieces, sync_folder, translated
 
 BYTES_AT_ONCE = 1 << 26
 
@@ -93,7 +93,7 @@ class Streams:
         begin = key not in self._written
         data = _bytes_of(hidden_WSH.float().contiguous().cpu())
         with translated(path), path.open("wb" if begin else "ab") as file:
-            file.write(data)
+            file.writelines(in_pieces(data))
         if self._resumable:
             self._digests.setdefault(key, hashlib.sha256()).update(data)
         self._written[key] = self._written.get(key, 0) + len(data)
