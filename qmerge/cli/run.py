@@ -32,7 +32,6 @@ def command(
 
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
     --sym); flags win over it. The release, its report and the recipe that makes it again are
-    --sym); flags win over it. The release, its report and the recipe that makes it again are
     written to --out; the table of arms goes to stdout. Where a limit of the gate falls, or
     the merged model is not the one that was trained, they stay, and the exit code is 1.
     """
