@@ -370,5 +370,5 @@ def quantization_config(
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": each for number, each in enumerate(groups)},
-        "ignore": sorted({*kept}),
+        "ignore": sorted(set(kept)),
     }

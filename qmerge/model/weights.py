@@ -25,10 +25,9 @@ class Weights:
     """A checkpoint seen through the model's parameter names.
 
     `changed` holds tensors that replace stored ones (merged embeddings, say), `packed` those that
-    do on an integer grid, `resized` the rows
-    of those with another vocabulary than the stored one: cut, or filled up with the mean row.
-    `turned` are weights that lie as [I, O] in a dense checkpoint, and as [O, I] in the model and
-    where they are packed.
+    do on an integer grid, `resized` the rows of those with another vocabulary than the stored one:
+    cut, or filled up with the mean row. `turned` are weights that lie as [I, O] in a dense
+    checkpoint, and as [O, I] in the model and where they are packed.
     """
 
     format: Format

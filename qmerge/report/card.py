@@ -140,8 +140,8 @@ def _use(result: RunResult, name: str) -> str:
 
 
 def _opened_by(result: RunResult) -> str:
-    """transformers takes all linears of a GPTQ release for alike, and leaves experts random;
-    gptqmodel knows experts by three names."""
+    """transformers takes all linears of a GPTQ release for alike, and leaves experts and a packed
+    head random; gptqmodel knows experts by three names."""
     if _setting(result, "format") == "compressed-tensors":
         return "transformers"
     linears = [linear for layer in result.layers for linear in layer.linears]
@@ -149,7 +149,8 @@ def _opened_by(result: RunResult) -> str:
     if not all(name.endswith(("gate_proj", "up_proj", "down_proj")) for name in experts):
         return "neither"
     grids = {(linear.bits, linear.group_size) for linear in linears}
-    return "gptqmodel" if experts or len(grids) > 1 else "transformers"
+    head = any(layer.linears for layer in result.layers if layer.kind == "head")
+    return "gptqmodel" if experts or head or len(grids) > 1 else "transformers"
 
 
 def _refused_by_vllm(result: RunResult) -> str:

@@ -203,6 +203,9 @@ def test_the_card_opens_a_release_with_what_reads_it() -> None:
     for other in ({"bits": 8}, {"name": "model.layers.0.mlp.experts.0.up_proj", "tokens": 7}):
         assert 'GPTQModel.load("x")' in card(**other)
         assert "AutoModelForCausalLM" not in card(**other)
+    head = dataclasses.replace(plain.layers[0], name="lm_head", kind="head")
+    with_head = dataclasses.replace(plain, layers=(*plain.layers, head))
+    assert "AutoModelForCausalLM" not in render_card(with_head, name="x")
     mixtral = card(name="model.layers.0.mlp.experts.0.w1", tokens=7)
     assert "```python" not in mixtral.partition("vllm serve")[0].rpartition("## ")[2]
     assert "Neither transformers nor gptqmodel" in mixtral
