@@ -13,7 +13,7 @@ from torch import nn
 
 from qmerge.adapters import unit
 from qmerge.adapters.injection import LIVE_HINT, Injection
-from qmerge.adapters.kinds import SETTLING_KINDS
+from qmerge.adapters.kinds import settles
 from qmerge.adapters.landing import OTHER_MODEL_HINT, Landing, land
 from qmerge.adapters.probe import probe
 from qmerge.adapters.retarget import repattern, retarget
@@ -98,14 +98,14 @@ def _put(model: Any, config: Any, adapter: Adapter) -> tuple[Any, tuple[str, ...
     from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    settles = adapter.kind in SETTLING_KINDS
-    if settles:
+    hollow = settles(adapter.config)
+    if hollow:
         unit.hollow(model)
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     with warnings.catch_warnings(record=True) as caught, unit.only_dense_layers():
         warnings.simplefilter("always")
-        wrapped = wrapper(model, config, unit.ADAPTER, low_cpu_mem_usage=not settles)
-    if settles:
+        wrapped = wrapper(model, config, unit.ADAPTER, low_cpu_mem_usage=not hollow)
+    if hollow:
         unit.back_to_meta(model)
     said = (str(w.message) for w in caught if not issubclass(w.category, STALE))
     return wrapped, tuple(dict.fromkeys(said))

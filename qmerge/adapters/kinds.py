@@ -35,6 +35,9 @@ their places; a second draw of `svd_lowrank` on one weight put 317 of 512 rows i
 SETTLING_KINDS = ("ADALORA", "FROD", "SHIRA", "UNILORA")
 """Kinds that compute with values while they are injected, which meta cannot or forgets."""
 
+DRAWN_OPTION = "save_projection"
+"""Where this is false PEFT draws what all layers share again from a seed, which meta cannot."""
+
 REFUSED_OPTIONS = (
     ("alora_invocation_tokens", "aLoRA is active only after its invocation tokens"),
     ("arrow_config", "an Arrow router weighs several adapters anew for every token"),
@@ -107,12 +110,17 @@ def kind_refusal(kind: str) -> str | None:
     return None
 
 
+def settles(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT computes with values while it injects the adapter of this configuration."""
+    return config["peft_type"] in SETTLING_KINDS or not config.get(DRAWN_OPTION, True)
+
+
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Why the adapter with this `adapter_config.json` cannot be merged, or None."""
     reason = kind_refusal(str(config.get("peft_type")))
     if reason:
         return reason
-    if config["peft_type"] == "FROD" and not config.get("save_projection", True):
+    if config["peft_type"] == "FROD" and not config.get(DRAWN_OPTION, True):
         return "its projections were not saved; they follow from the weights of all layers at once"
     for option, why in REFUSED_OPTIONS:
         if config.get(option):

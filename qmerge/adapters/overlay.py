@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from qmerge.adapters import unit
-from qmerge.adapters.landing import DOUBLED, LEFT_OVER, contradictions, listed, wrong_values
+from qmerge.adapters.landing import (
+    DOUBLED,
+    LEFT_OVER,
+    contradictions,
+    listed,
+    not_finite,
+    wrong_values,
+)
 from qmerge.adapters.source import read_tensors
 from qmerge.adapters.spelling import understand
 from qmerge.errors import AdapterError, Fault
@@ -81,6 +88,7 @@ def overlay(model: Any, file: Path) -> Overlay:
         ),
         *listed(where, sorted(named.keys() - places.keys()), LEFT_OVER),
         *wrong_values(landed, places, where),
+        *not_finite(landed, where),
     )
     values, unties = _over_ties(landed, places)
     return Overlay(
