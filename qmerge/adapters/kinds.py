@@ -80,8 +80,21 @@ BOUND_INITS = (QUANTIZED_INIT, "lora_ga")
 """Starts after which base and adapter belong together: the original is another model."""
 SPLIT_INITS = ("pissa", "olora")
 """Starts that PEFT makes again from the base's own 16-bit weights when it loads the adapter."""
-BOUND_KINDS = (("OSF", "OSF keeps the smaller singular values of its base in the adapter"),)
-"""Kinds that carry weights of the base they were trained on."""
+BOUND_KINDS = (
+    (
+        "FROD",
+        "FRoD scales directions that it takes from the weights of its base, and saves no others",
+    ),
+    ("OSF", "OSF keeps the smaller singular values of its base in the adapter"),
+    ("PSOFT", "PSOFT turns singular directions of its base, which it does not save"),
+)
+"""Kinds that mean something on the base they were trained on only. On one that differed by 3% of
+its deviation, the update of FRoD and PSOFT became another one, and a tenth of OSF's."""
+PLACES_OPTION = (
+    "save_precomputed_indices",
+    "it changes the largest values of its base, and does not save which",
+)
+"""Where this is false the places of what is sparse are looked up in the base."""
 
 
 def registry_kinds() -> dict[str, str | None]:
@@ -131,6 +144,12 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     if isinstance(start, str) and not init and start.lower() not in PLAIN_STARTS:
         return f"init_lora_weights {start!r}: a start that is not known, which may change the base"
     return None
+
+
+def bound_kind(config: Mapping[str, Any]) -> str | None:
+    """Why an adapter of this kind means nothing on another base than its own, or None."""
+    option, why = PLACES_OPTION
+    return why if config.get(option) is False else dict(BOUND_KINDS).get(config["peft_type"])
 
 
 def base_init(config: Mapping[str, Any]) -> tuple[str, str] | None:

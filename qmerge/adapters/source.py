@@ -15,11 +15,11 @@ import torch
 
 from qmerge.adapters.kinds import (
     BOUND_INITS,
-    BOUND_KINDS,
     QUANTIZED_INIT,
     SPLIT_INITS,
     TRAINING_ONLY,
     base_init,
+    bound_kind,
     refusal,
 )
 from qmerge.adapters.spelling import bare
@@ -113,13 +113,13 @@ class Adapter:
     def base_reason(self) -> str | None:
         """What the adapter's start means for the base it is merged onto, or None."""
         init = base_init(self.config)
-        return init[1] if init else dict(BOUND_KINDS).get(self.kind)
+        return init[1] if init else bound_kind(self.config)
 
     @property
     def bound_to_base(self) -> bool:
         """Whether only the base it was trained on is right, so that no original may replace it."""
         init = base_init(self.config)
-        return bool(init and init[0] in BOUND_INITS) or self.kind in dict(BOUND_KINDS)
+        return bool(init and init[0] in BOUND_INITS) or bool(bound_kind(self.config))
 
     @property
     def misfit(self) -> str | None:

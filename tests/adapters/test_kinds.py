@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import typing
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -17,6 +19,8 @@ from qmerge.adapters.kinds import kind_refusal, refusal, registry_kinds
 from qmerge.errors import AdapterError
 from tests.adapters import tiny
 
+LITTLE, FAR = 0.03, 0.06
+"""Change of a base, and the change of an update, both relative, that is more than in proportion."""
 LINEARS = ["q_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 10, "init_r": 4},
@@ -99,6 +103,18 @@ def test_kind_equals_merge_and_unload(kind: str, options: dict[str, Any], tmp_pa
     assert injection.faults == ()
     assert tiny.differing(tiny.merged(injection, base), want) == set()
     assert injection.touched >= tiny.differing(base.state_dict(), want)
+    assert open_adapter(folder).bound_to_base is (moved(base, folder, want) > FAR)
+
+
+def moved(base: Any, folder: Path, merged: dict[str, torch.Tensor]) -> float:
+    """How far an adapter's update is another one on a base that differs a little."""
+    near = copy.deepcopy(base)
+    torch.manual_seed(3)
+    for parameter in near.parameters():
+        parameter.data += torch.randn_like(parameter) * parameter.std() * LITTLE
+    there, was, now = tiny.reference(near, folder), base.state_dict(), near.state_dict()
+    pairs = [(merged[name] - was[name], there[name] - now[name]) for name in was if name in there]
+    return max(float((a - b).norm() / a.norm()) for a, b in pairs if a.any())
 
 
 @pytest.fixture(scope="module")
