@@ -238,6 +238,8 @@ def _describe(
         )
     qweight, scales = parts["qweight"], required(module, parts, "scales")
     qzeros, g_idx = required(module, parts, "qzeros"), parts.get("g_idx")
+    if own.values.get("desc_act") and group_size != -1:
+        g_idx = required(module, parts, "g_idx")
     _expect_kinds(qweight, qzeros, scales, g_idx)
     word_bits = qweight.dtype.itemsize * 8
     rows, out_features = qweight.shape

@@ -19,8 +19,10 @@ from qmerge.model.skeleton import (
     rebuilt,
 )
 from qmerge.model.weights import Weights
+from qmerge.names import WEIGHT
 from qmerge.storage.checkpoint import Checkpoint
 
+BIAS = ".bias"
 ROWS = 1024
 """Rows that are decoded at a time."""
 OWN_HEAD = (
@@ -134,9 +136,10 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weight
         for name, (found, expected) in shapes.items()
         if found != expected
     ]
+    unknown = [name for name in names.unknown if not _adds_nothing(form, name)]
     where = str(checkpoint.path)
     complaints = (
-        ("tensors that the model does not know", names.unknown, "the folder holds another model"),
+        ("tensors that the model does not know", unknown, "the folder holds another model"),
         ("no tensor for", names.missing, "copy the missing files of the checkpoint again"),
         ("shapes differ:", wrong, "config.json and the weights are not of the same model"),
     )
@@ -148,6 +151,14 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weight
     if faults:
         raise PlanError(faults)
     return weights
+
+
+def _adds_nothing(form: Format, name: str) -> bool:
+    """Whether it is a bias of zeros beside a packed weight: AutoGPTQ wrote one for every linear,
+    also where the model has none, and transformers leaves them out."""
+    weight = form.weights.get(name.removesuffix(BIAS) + WEIGHT)
+    packed = name.endswith(BIAS) and weight is not None and weight.quantized
+    return packed and not bool(form.dense(name).any())
 
 
 def listed(items: Sequence[str]) -> str:

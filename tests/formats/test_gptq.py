@@ -138,10 +138,11 @@ def test_a_checkpoint_without_group_indices(tmp_path: Path) -> None:
     weight = tiny.grid()
     parts = pack_gptq(weight)
     del parts["g_idx"]
-    opened = open_format(
-        tiny.save(tmp_path, tiny.under(tiny.Q_PROJ, parts), settings(weight, version=1))
-    )
+    tensors, own = tiny.under(tiny.Q_PROJ, parts), settings(weight, version=1)
+    opened = open_format(tiny.save(tmp_path / "plain", tensors, own))
     assert torch.equal(opened.dense(NAME), weight.dense())
+    with pytest.raises(CheckpointError, match=r"q_proj\.g_idx is missing"):
+        open_format(tiny.save(tmp_path / "act-order", tensors, own | {"desc_act": True}))
 
 
 def test_an_index_never_filled_in_is_trivial(tmp_path: Path) -> None:
