@@ -152,7 +152,7 @@ def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:
     skeleton, weights = open_model(asked.folder, trust_remote_code=recipe.trust_remote_code)
     probe(skeleton)
-    tuning, notes = None, told(skeleton)
+    tuning, notes = None, told(skeleton, weights)
     if asked.adapter is not None:
         alone = Recipe(
             base=asked.folder,

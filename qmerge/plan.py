@@ -170,7 +170,7 @@ def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weigh
     """The base as the adapter saw it, and how that is known."""
     folders = tuple(each.folder for each in recipe.adapters())
     loaded = decide(recipe.base_quant, base.format.summary, folders)
-    loaded = dataclasses.replace(loaded, notes=(*told(skeleton), *loaded.notes))
+    loaded = dataclasses.replace(loaded, notes=(*told(skeleton, base), *loaded.notes))
     quant = loaded.quant
     if quant is None:
         return base, loaded

@@ -216,6 +216,10 @@ def compressed_fp8() -> Write:
 
 
 def fp8() -> Write:
+    return packed(*fp8_form())
+
+
+def fp8_form() -> tuple[dict[str, Any], Callable[[torch.Tensor], Parts]]:
     settings = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -230,7 +234,7 @@ def fp8() -> Write:
         code = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
         return {"weight": code.view(weight.shape), "weight_scale_inv": scale}
 
-    return packed(settings, pack)
+    return settings, pack
 
 
 def dense(dtype: torch.dtype, *, pickled: bool = False) -> Write:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from qmerge.model.skeleton import (
     rebuilt,
 )
 from qmerge.model.weights import Weights
-from qmerge.names import WEIGHT
+from qmerge.names import WEIGHT, NameMap
 from qmerge.storage.checkpoint import Checkpoint
 
 BIAS = ".bias"
@@ -29,6 +30,13 @@ OWN_HEAD = (
     "the configuration ties the head to the embedding, and the checkpoint holds two that differ: as"
     " in transformers each is taken as it is stored, and tie_word_embeddings becomes false"
 )
+PACKED_HEAD = (
+    "the configuration ties the head to the embedding, and the checkpoint holds a packed head: as in"
+    " transformers the embedding is taken for both"
+)
+LEAVES_PACKED_HEADS = ("gptq", "awq")
+"""Methods whose packed head transformers leaves out where the configuration ties it; gptqmodel 7.6
+writes none, and opens none."""
 LISTED = 4
 """Names that a message lists before it says how many more there are."""
 
@@ -45,14 +53,23 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
     skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
     form = open_format(checkpoint)
     pairs = map_names(skeleton, form.weights).twice.values()
-    if any(_differ(form, *pair) for pair in pairs):
+    if any(_differ(form, *pair) for pair in pairs if not _is_left_out(form, pair[1])):
         skeleton = rebuilt(skeleton, {TIED: False})
-    return skeleton, _matched(checkpoint, form, skeleton)
+    names = map_names(skeleton, form.weights)
+    return skeleton, _matched(checkpoint, form, skeleton, names)
 
 
-def told(skeleton: Skeleton) -> tuple[str, ...]:
-    """What is otherwise in a skeleton, as it was opened, than its folder's configuration says."""
-    return (OWN_HEAD,) if TIED in skeleton.restated else ()
+def told(skeleton: Skeleton, weights: Weights) -> tuple[str, ...]:
+    """What is otherwise in a model, as it was opened, than its folder's configuration says."""
+    if TIED in skeleton.restated:
+        return (OWN_HEAD,)
+    left = [_is_left_out(weights.format, second) for _, second in weights.names.twice.values()]
+    return (PACKED_HEAD,) if any(left) else ()
+
+
+def _is_left_out(form: Format, head: str) -> bool:
+    """Whether a head that is stored beside the embedding it is tied to is none to its runtime."""
+    return form.weights[head].quantized and form.summary.method in LEAVES_PACKED_HEADS
 
 
 def _differ(form: Format, one: str, other: str) -> bool:
@@ -67,17 +84,19 @@ def _differ(form: Format, one: str, other: str) -> bool:
 
 def open_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Weights:
     """The weights of a checkpoint for a skeleton that is already there."""
-    return _matched(checkpoint, open_format(checkpoint), skeleton)
+    form = open_format(checkpoint)
+    return _matched(checkpoint, form, skeleton, map_names(skeleton, form.weights))
 
 
 def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> Weights:
     """The original of a base; where the base was padded with zeros, laid out as the base is.
 
+    A head that the base has of its own is the original's embedding where the original has none.
     Where the zeros lie is seen in one weight of the base for each size that differs. ModelError
     for a wider base whose zeros do not account for the difference.
     """
     form = open_format(checkpoint)
-    names = map_names(skeleton, form.weights)
+    names = _with_tied(map_names(skeleton, form.weights), skeleton)
     wide = {
         stored: base.shape(parameter)
         for parameter, stored in names.stored.items()
@@ -93,7 +112,7 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
                 kept[pair] = _kept(base, parameter, dim, pair)
     if kept:
         form = PaddedReader(checkpoint, form, wide, kept)
-    return _matched(checkpoint, form, skeleton)
+    return _matched(checkpoint, form, skeleton, names)
 
 
 def _is_wider(found: tuple[int, ...], narrow: tuple[int, ...]) -> bool:
@@ -122,9 +141,8 @@ def _kept(base: Weights, parameter: str, dim: int, pair: Padding) -> torch.Tenso
     return kept
 
 
-def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weights:
+def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton, names: NameMap) -> Weights:
     """Weights whose names and shapes are the skeleton's; PlanError with all that does not match."""
-    names = map_names(skeleton, form.weights)
     weights = Weights(format=form, names=names, checkpoint=checkpoint, turned=skeleton.turned)
     shapes = {
         stored: (weights.shape(parameter), tuple(tensor.shape))
@@ -151,6 +169,21 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton) -> Weight
     if faults:
         raise PlanError(faults)
     return weights
+
+
+def _with_tied(names: NameMap, skeleton: Skeleton) -> NameMap:
+    """A checkpoint without a head, for a skeleton that has one though its configuration ties it:
+    the embedding is the head."""
+    if TIED not in skeleton.restated or not names.missing:
+        return names
+    owners = rebuilt(skeleton, {TIED: True}).tied()
+    found = {
+        name: names.stored[owners[name]]
+        for name in names.missing
+        if owners.get(name) in names.stored
+    }
+    missing = tuple(name for name in names.missing if name not in found)
+    return replace(names, stored={**names.stored, **found}, missing=missing)
 
 
 def _adds_nothing(form: Format, name: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qmerge.errors import PlanError
 from qmerge.export import export
-from qmerge.model.opening import open_model
+from qmerge.model.opening import open_model, open_original, told
 from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
 from tests import test_matrix as forms
@@ -51,3 +53,78 @@ def test_biases_of_zeros_as_autogptq_wrote_them(packed: Path, tmp_path: Path) ->
 def test_biases_that_add_something_are_no_part_of_the_model(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"down_proj\.bias"):
         open_model(with_biases(packed, tmp_path / "base", 0.5))
+
+
+# --- a packed head, beside a configuration that ties it -----------------------------------------
+
+
+def with_head(original: Path, folder: Path, **options: Any) -> Path:
+    """tiny_original, which ties its head, packed with a head of its own."""
+    twice = folder.with_name(f"{folder.name}-twice")
+    shutil.copytree(original, twice)
+    embedding = Checkpoint.open(original).read("model.embed_tokens.weight").clone()
+    save_file({"lm_head.weight": embedding}, twice / "head.safetensors")
+    forms.write_index(twice)
+    forms.packed(**options, ending=("_proj.weight", "lm_head.weight"))(twice, folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    return folder
+
+
+def gptq_head(original: Path, folder: Path) -> Path:
+    settings = {"quant_method": "gptq", "bits": 8, "group_size": forms.GROUP, "lm_head": True}
+    settings |= {"sym": True, "desc_act": False}
+    return with_head(
+        original,
+        folder,
+        settings=settings,
+        pack=lambda weight: forms.pack_gptq(forms.rounded(weight, 8, symmetric=True)),
+    )
+
+
+def test_a_gptq_head_is_left_out_where_the_configuration_ties_it(
+    tiny_original: Path, tmp_path: Path
+) -> None:
+    folder = gptq_head(tiny_original, tmp_path / "base")
+    skeleton, weights = open_model(folder)
+    assert "lm_head.weight" in weights.format.weights
+    assert "the embedding is taken for both" in told(skeleton, weights)[0]
+    export(Recipe(base=folder, out=tmp_path / "dense"))
+    assert "lm_head.weight" not in Checkpoint.open(tmp_path / "dense").tensors
+    assert open_original(Checkpoint.open(tiny_original), skeleton, weights).holds(
+        "model.embed_tokens.weight"
+    )
+
+
+@pytest.mark.slow
+def test_so_does_transformers(tiny_original: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gptqmodel", reason="needs the extra 'verify'")
+    from transformers import AutoModelForCausalLM
+
+    folder = gptq_head(tiny_original, tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    embedding = Checkpoint.open(folder).read("model.embed_tokens.weight")
+    assert torch.equal(loaded.lm_head.weight, embedding)
+
+
+def test_an_fp8_head_is_taken_as_stored_as_transformers_takes_it(
+    tiny_original: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings, pack = forms.fp8_form()
+    folder = with_head(
+        tiny_original,
+        tmp_path / "base",
+        settings=settings | {"modules_to_not_convert": [], "dequantize": True},
+        pack=pack,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    skeleton, weights = open_model(folder)
+    assert "tie_word_embeddings becomes false" in told(skeleton, weights)[0]
+    head = weights.tensor("lm_head.weight")
+    assert torch.equal(head.bfloat16(), theirs.lm_head.weight.bfloat16())
+    embedding = weights.tensor("model.embed_tokens.weight")
+    assert not torch.equal(head, embedding)
+    # The original ties its head and stores none.
+    original = open_original(Checkpoint.open(tiny_original), skeleton, weights)
+    assert torch.equal(original.tensor("lm_head.weight"), embedding)
