@@ -31,8 +31,8 @@ OWN_HEAD = (
     " in transformers each is taken as it is stored, and tie_word_embeddings becomes false"
 )
 PACKED_HEAD = (
-    "the configuration ties the head to the embedding, and the checkpoint holds a packed head: as in"
-    " transformers the embedding is taken for both"
+    "the configuration ties the head to the embedding, and the checkpoint holds a packed head: as"
+    " in transformers the embedding is taken for both"
 )
 LEAVES_PACKED_HEADS = ("gptq", "awq")
 """Methods whose packed head transformers leaves out where the configuration ties it; gptqmodel 7.6
