@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qmerge.errors import PlanError
 from qmerge.export import export
+from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original, told
 from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def gptq_head(original: Path, folder: Path) -> Path:
         original,
         folder,
         settings=settings,
-        pack=lambda weight: forms.pack_gptq(forms.rounded(weight, 8, symmetric=True)),
+        pack=lambda weight: pack_gptq(forms.rounded(weight, 8, symmetric=True)),
     )
 
 
