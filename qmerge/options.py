@@ -134,7 +134,9 @@ EVALS = Kind(metavar="[NAME=]SPEC", read=_texts, many=True)
 PATTERNS = Kind(metavar="PATTERN", read=_texts, many=True)
 ADAPTERS = Kind(metavar="DIR[@WEIGHT]", read=_texts, many=True)
 OVERRIDES = Kind(metavar="PATTERN=SETTINGS", read=_texts, many=True)
-BASE_QUANT = Kind(metavar="nf4|fp4|int8[,double][,block=N][,skip=MODULE]|none", read=_text)
+BASE_QUANT = Kind(
+    metavar="nf4|fp4|int8[,double][,block=N][,dtype=DTYPE][,skip=MODULE]|none", read=_text
+)
 FOLDER = Kind(metavar="DIR", read=_path)
 FILE = Kind(metavar="FILE", read=_path)
 WINDOWS = Kind(metavar="N|all", read=_whole_or_all)

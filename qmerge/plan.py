@@ -17,7 +17,7 @@ from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError, RecipeError
 from qmerge.estimate import room_faults, summarize, waiting_bytes, working_bytes
 from qmerge.formats.padded import PaddedReader
-from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader
+from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
 from qmerge.job import Faults, Job, Settings, pick_device
@@ -51,6 +51,15 @@ FEWEST_OUTPUTS = 8
 FUSED_IN_16 = (
     "the experts are taken in 16 bits: training that keeps them fused, as transformers 5 does,"
     " quantizes the other linears only"
+)
+NO_ORIGINAL = Fault(
+    where="--strategy",
+    message="'substitute' needs the 16-bit original; without it only 'dequantize' can be",
+    hint="give --original DIR, or --strategy dequantize",
+)
+LOADED = (
+    "the weights are quantized from {}, in which transformers loads this base unless it is told"
+    " otherwise: where training loaded another dtype, say so, as in --base-quant {}"
 )
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 OFFLINE_CALIBRATION = "pydoc"
@@ -106,6 +115,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             if original is None and whole is not stored and stored is not None:
                 # What training quantized on the fly is the original itself.
                 original = shape.fit(stored)
+        if recipe.strategy == "substitute" and recipe.original is None and original is None:
+            faults.found.append(NO_ORIGINAL)
         with faults.at("--previous"):
             previous = _open_previous(recipe, plain, skeleton)
         with faults.at("--bits, --group-size"):
@@ -174,6 +185,12 @@ def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weigh
     quant = loaded.quant
     if quant is None:
         return base, loaded
+    if quant.dtype is None:
+        dtype = loaded_dtype(base.checkpoint.config, base.format.summary.dtype)
+        quant = dataclasses.replace(quant, dtype=dtype)
+        loaded = dataclasses.replace(
+            loaded, quant=quant, notes=(*loaded.notes, LOADED.format(dtype, quant.option))
+        )
     single = not skeleton.fusions or any(_tunes_single_experts(folder) for folder in folders)
     notes = () if single else (FUSED_IN_16,)
     loaded = dataclasses.replace(loaded, notes=(*loaded.notes, *notes))

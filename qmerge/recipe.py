@@ -346,11 +346,6 @@ class Recipe(Scoring):
             self.overrides()
         except RecipeError as error:
             found += (Fault(where="--override", message=error.message, hint=error.hint),)
-        stored = self.base_quant in (None, "none")
-        if self.strategy == "substitute" and self.original is None and stored:
-            message = "'substitute' needs the 16-bit original; without it only 'dequantize' can be"
-            hint = "give --original DIR, or --strategy dequantize"
-            found += (Fault(where="--strategy", message=message, hint=hint),)
         return found
 
 

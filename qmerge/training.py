@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qmerge.errors import RecipeError
 from qmerge.formats.base import FormatSummary
-from qmerge.formats.simulated import BaseQuant, parse_base_quant
+from qmerge.formats.simulated import DTYPES, BaseQuant, parse_base_quant
 
 LIMIT = 1 << 20
 """Bytes of a file beyond which it is none that a trainer wrote."""
@@ -28,6 +28,7 @@ MIXED_NAME = "unsloth-bnb-4bit"
 HINT = "say how training loaded the base: --base-quant nf4,double, or none for as it is stored"
 
 Said = BaseQuant | str | None
+Q = TypeVar("Q", bound="Said")
 """A base in 4 or 8 bits, in words where it cannot be made again, or None for as it is stored."""
 
 
@@ -66,8 +67,10 @@ def decide(asked: str | None, summary: FormatSummary, adapters: tuple[Path, ...]
         return _stored(asked, summary, told)
     if asked is not None:
         quant = parse_base_quant(asked)
-        other = [each for each in told if each.quant != quant]
-        return Decision(quant=quant, notes=tuple(_against(f"--base-quant {asked}", other)))
+        alike = [each for each in told if _agree(each.quant, quant)]
+        other = [each for each in told if each not in alike]
+        notes = tuple(_against(f"--base-quant {asked}", other))
+        return Decision(quant=_fullest(alike, quant), notes=notes)
     return _dense(told, bool(adapters))
 
 
@@ -97,7 +100,8 @@ def _dense(told: list[Told], adapted: bool) -> Decision:
         return Decision(quant=None, notes=())
     # A run that loaded its base as stored may have loaded one that is stored in few bits.
     found = [each for each in told if each.quant is not None] or told
-    if len({each.quant for each in found}) > 1:
+    known = _fullest(found, found[0].quant if found else None)
+    if not all(_agree(each.quant, known) for each in found):
         said = ", ".join(f"{each.file} {each.words}" for each in found)
         raise RecipeError(f"training loaded the base in different ways: {said}", hint=HINT)
     if not found:
@@ -108,9 +112,9 @@ def _dense(told: list[Told], adapted: bool) -> Decision:
         return Decision(quant=None, notes=(note,))
     first = found[0]
     said = f"{first.file} says that training loaded the base {first.words}"
-    if isinstance(first.quant, BaseQuant):
+    if isinstance(known, BaseQuant):
         note = f"{said}: so it is here (otherwise: --base-quant none)"
-        return Decision(quant=first.quant, notes=(note,))
+        return Decision(quant=known, notes=(note,))
     if first.needed:
         raise RecipeError(
             f"{said}, and needs that very base: what LoftQ left of it is in no other file",
@@ -123,6 +127,22 @@ def _dense(told: list[Told], adapted: bool) -> Decision:
         " was trained: give that very base as --base, or say --base-quant"
     )
     return Decision(quant=None, notes=(note,))
+
+
+def _agree(one: Said, other: Said) -> bool:
+    """Whether two say the same, or one of them does not say the dtype."""
+    if isinstance(one, BaseQuant) and isinstance(other, BaseQuant):
+        dtypes = {one.dtype, other.dtype} - {None}
+        return len(dtypes) < 2 and replace(one, dtype=None) == replace(other, dtype=None)
+    return one == other
+
+
+def _fullest(told: list[Told], otherwise: Q) -> Q:
+    """What was said by all, the dtype too where one of them says it."""
+    if isinstance(otherwise, BaseQuant) and otherwise.dtype is None:
+        said = [each.quant.dtype for each in told if isinstance(each.quant, BaseQuant)]
+        return replace(otherwise, dtype=next(filter(None, said), None))
+    return otherwise
 
 
 def _against(where: str, told: list[Told]) -> Iterator[str]:
@@ -199,7 +219,9 @@ def _from_config(text: str) -> tuple[Said, ...]:
     if "load_in_4bit" not in found and "load_in_8bit" not in found:
         # A base that was stored in few bits, and so it was loaded.
         return (str(found.get("quant_method") or "few bits"),)
-    return _bitsandbytes(found)
+    whole = _json(text)
+    dtype = whole.get("dtype") or whole.get("torch_dtype")
+    return tuple(_loaded(said, dtype) for said in _bitsandbytes(found))
 
 
 def _from_swift(text: str) -> tuple[Said, ...]:
@@ -212,7 +234,8 @@ def _from_swift(text: str) -> tuple[Said, ...]:
         return (None,)
     method = str(found.get("quant_method") or "bnb")
     kind = str(found.get("bnb_4bit_quant_type") or "nf4")
-    return (_quant(method, bits, kind, found.get("bnb_4bit_use_double_quant", True)),)
+    said = _quant(method, bits, kind, found.get("bnb_4bit_use_double_quant", True))
+    return (_loaded(said, found.get("torch_dtype") or found.get("dtype")),)
 
 
 def _from_factory(text: str) -> tuple[Said, ...]:
@@ -225,7 +248,9 @@ def _from_factory(text: str) -> tuple[Said, ...]:
         return (None,)
     method = str(found.get("quantization_method") or "bnb")
     kind = str(found.get("quantization_type") or "nf4")
-    return (_quant(method, bits, kind, found.get("double_quantization", True)),)
+    said = _quant(method, bits, kind, found.get("double_quantization", True))
+    board = str(found.get("train.compute_type") or "").removeprefix("pure_")
+    return (_loaded(said, board or _of_switches(found, ("bf16", "pure_bf16"), ("fp16",))),)
 
 
 def _from_card(text: str) -> tuple[Said, ...]:
@@ -254,7 +279,25 @@ def _axolotl(found: Mapping[str, Any]) -> tuple[Said, ...]:
     own = found.get("bnb_config_kwargs")
     defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     kept = {key: found.get(key) for key in ("load_in_4bit", "load_in_8bit")}
-    return _bitsandbytes(defaults | kept | (dict(own) if isinstance(own, Mapping) else {}))
+    dtype = _of_switches(found, ("bf16", "bfloat16"), ("fp16", "float16"))
+    settings = defaults | kept | (dict(own) if isinstance(own, Mapping) else {})
+    return tuple(_loaded(said, dtype) for said in _bitsandbytes(settings))
+
+
+def _of_switches(
+    found: Mapping[str, Any], bfloat16: tuple[str, ...], float16: tuple[str, ...]
+) -> str | None:
+    """The dtype that a trainer's switches turn on; `auto` is bf16 on every GPU of today."""
+    if any(found.get(key) in (True, "auto", "full") for key in bfloat16):
+        return "bfloat16"
+    return "float16" if any(found.get(key) is True for key in float16) else None
+
+
+def _loaded(said: Said, dtype: object) -> Said:
+    """The same of weights that were loaded in `dtype`, where it is the name of one."""
+    name = str(dtype).removeprefix("torch.").lower()
+    name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
+    return replace(said, dtype=name) if isinstance(said, BaseQuant) and name in DTYPES else said
 
 
 def _bitsandbytes(found: Mapping[str, Any]) -> tuple[Said, ...]:

@@ -183,7 +183,7 @@ def test_a_start_that_binds_the_adapter_to_its_base(asked: Recipe, tiny_nf4: Pat
     config = {"loftq_bits": 4, "loftq_iter": 1}
     recipe = started(asked, init_lora_weights="loftq", loftq_config=config)
     job = make_plan(recipe).ready()
-    assert (job.recipe.base_quant, job.strategies) == ("nf4", ("dequantize",))
+    assert (job.recipe.base_quant, job.strategies) == ("nf4,dtype=bfloat16", ("dequantize",))
     stored = replace(recipe, base=tiny_nf4, original=asked.base)
     assert make_plan(replace(stored, strategy="auto")).ready().strategies == ("dequantize",)
     (fault,) = make_plan(replace(stored, strategy="substitute")).faults

@@ -84,6 +84,31 @@ FILES: dict[str, tuple[str, str, BaseQuant | None]] = {
         json.dumps({"quantization_bit": 4, "bnb_4bit_quant_type": "fp4", "quant_method": "bnb"}),
         BaseQuant(kind="fp4", double=True),
     ),
+    "ms-swift, in bf16": (
+        "args.json",
+        json.dumps(SWIFT | {"torch_dtype": "bfloat16"}),
+        replace(NF4, dtype="bfloat16"),
+    ),
+    "LLaMA-Factory, in fp16": (
+        "training_args.yaml",
+        FACTORY + "fp16: true\n",
+        replace(NF4, dtype="float16"),
+    ),
+    "LLaMA Board, in bf16": (
+        "llamaboard_config.yaml",
+        BOARD.format(4) + "train.compute_type: pure_bf16\n",
+        replace(NF4, dtype="bfloat16"),
+    ),
+    "axolotl, in bf16": (
+        "axolotl_config.yaml",
+        AXOLOTL + "bf16: auto\n",
+        replace(NF4, dtype="bfloat16"),
+    ),
+    "config.json, in fp16": (
+        "config.json",
+        json.dumps(json.loads(configuration(nf4())) | {"dtype": "float16"}),
+        replace(NF4, dtype="float16"),
+    ),
     "LLaMA-Factory": ("training_args.yaml", FACTORY, NF4),
     "LLaMA-Factory, plain": (
         "training_args.yaml",
@@ -225,6 +250,20 @@ def test_files_that_contradict_one_another_are_a_fault(tmp_path: Path) -> None:
     assert decide("nf4,double", DENSE, (tmp_path,)).quant == NF4
 
 
+def test_a_dtype_that_one_file_says_is_no_contradiction(tmp_path: Path) -> None:
+    half = json.dumps(json.loads(configuration(nf4())) | {"dtype": "float16"})
+    (tmp_path / "args.json").write_text(json.dumps(SWIFT))
+    (tmp_path / "config.json").write_text(half)
+    for asked in (None, "nf4,double", "nf4,double,dtype=float16"):
+        assert decide(asked, DENSE, (tmp_path,)).quant == replace(NF4, dtype="float16")
+    found = decide("nf4,double,dtype=bfloat16", DENSE, (tmp_path,))
+    assert found.quant == replace(NF4, dtype="bfloat16")
+    assert "in nf4,double,dtype=float16; --base-quant nf4,double,dtype=bfloat16" in found.notes[0]
+    (tmp_path / "args.json").write_text(json.dumps(SWIFT | {"torch_dtype": "bfloat16"}))
+    with pytest.raises(RecipeError, match="in different ways"):
+        decide(None, DENSE, (tmp_path,))
+
+
 def test_a_base_that_is_stored_in_few_bits_is_decoded_from_its_codes(tmp_path: Path) -> None:
     (tmp_path / "args.json").write_text(json.dumps(SWIFT))
     stored = replace(DENSE, method="bitsandbytes", checkpoint_format="nf4", quantized=7)
@@ -265,13 +304,11 @@ def test_the_plan_uses_it_and_its_recipe_says_so(
     (adapter / "args.json").unlink()
     plan = make_plan(recipe)
     job = plan.ready()
-    assert job.recipe.base_quant == "nf4,double,skip=down_proj"
+    assert job.recipe.base_quant == "nf4,double,dtype=bfloat16,skip=down_proj"
     assert job.original is not None
     assert job.original.format.name == "dense"
-    assert make_plan(replace(recipe, strategy="auto")).ready().strategies == (
-        "dequantize",
-        "substitute",
-    )
+    for strategy, done in (("auto", ("dequantize", "substitute")), ("substitute", ("substitute",))):
+        assert make_plan(replace(recipe, strategy=strategy)).ready().strategies == done
     assert any("nf4,double,skip=down_proj" in note for note in plan.summary.notes)
     stored = job.base.format.weights
     assert stored["model.layers.0.mlp.up_proj.weight"].quantized

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ from qmerge.storage.checkpoint import Checkpoint
 
 Kind = Literal["nf4", "fp4", "int8"]
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = ("bfloat16", "float16", "float32")
 AS_STORED = "none"
-HINT = "use nf4, fp4 or int8, then ,double and ,block=64 where training had them; or none"
+HINT = (
+    "use nf4, fp4 or int8, then ,double, ,block=64 and ,dtype=bfloat16 where training had them; or"
+    " none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class BaseQuant:
     block: int = 64
     skip: tuple[str, ...] = ()
     """Modules left alone, named as for `llm_int8_skip_modules` of transformers."""
+    dtype: str | None = None
+    """What the weights were loaded in, and quantized from; None where it is as they are stored.
+    From weights of fp16 rounded to bf16 first, nf4 differs by a quarter of its own error."""
 
     @property
     def name(self) -> str:
@@ -49,6 +56,7 @@ class BaseQuant:
         """What `parse_base_quant` reads."""
         parts = [self.kind, *(["double"] if self.double else [])]
         parts += [f"block={self.block}"] if self.block != BLOCKS[0] else []
+        parts += [f"dtype={self.dtype}"] if self.dtype else []
         return ",".join([*parts, *(f"skip={name}" for name in self.skip)])
 
     @property
@@ -63,28 +71,42 @@ class BaseQuant:
 
 
 def parse_base_quant(text: str) -> BaseQuant | None:
-    """`nf4|fp4|int8[,double][,block=N][,skip=MODULE]`, or `none` for a base as it is stored;
-    RecipeError for anything else."""
+    """`nf4|fp4|int8[,double][,block=N][,dtype=DTYPE][,skip=MODULE]`, or `none` for a base as it is
+    stored; RecipeError for anything else."""
     if text.strip() == AS_STORED:
         return None
     kind, *options = (part.strip() for part in text.split(","))
-    block, skip = BLOCKS[0], []
+    block, dtype, skip = BLOCKS[0], None, []
     for option in options:
-        block_size, skipped = re.fullmatch(r"block=(\d{1,5})", option), option.startswith("skip=")
-        if block_size:
-            block = int(block_size[1])
-        elif skipped:
-            skip.append(option.removeprefix("skip="))
+        key, _, value = option.partition("=")
+        if key == "block" and re.fullmatch(r"\d{1,5}", value):
+            block = int(value)
+        elif key == "dtype" and value in DTYPES:
+            dtype = value
+        elif key == "skip" and value:
+            skip.append(value)
         elif option != "double":
             raise RecipeError(f"--base-quant: {option!r} is not known", hint=HINT)
     if kind not in ("nf4", "fp4", "int8") or block not in BLOCKS:
         raise RecipeError(f"--base-quant: {text!r} is not known", hint=HINT)
-    if kind == "int8" and len(skip) < len(options):
+    if kind == "int8" and any(option.startswith(("double", "block")) for option in options):
         raise RecipeError(
             "--base-quant: int8 has neither blocks nor double quantization", hint=HINT
         )
-    double = "double" in options
-    return BaseQuant(kind=cast(Kind, kind), double=double, block=block, skip=tuple(skip))
+    return BaseQuant(
+        kind=cast(Kind, kind),
+        double="double" in options,
+        block=block,
+        skip=tuple(skip),
+        dtype=dtype,
+    )
+
+
+def loaded_dtype(config: Mapping[str, Any], stored: torch.dtype) -> str:
+    """What transformers loads a checkpoint in unless it is told: as config.json says, else as most
+    of it is stored."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in DTYPES else str(stored).removeprefix("torch.")
 
 
 class SimulatedReader(Reader):
@@ -134,12 +156,15 @@ class SimulatedReader(Reader):
 
 
 def round_trip(weight_OI: Tensor, quant: BaseQuant) -> Tensor:
-    """Quantize a weight as bitsandbytes' layers do when a model is loaded, and decode it again.
+    """Quantize a weight as bitsandbytes' layers do when a model is loaded in `quant.dtype`, and
+    decode it again.
 
-    4 bits come back in the weight's dtype, as in its matrix products; int8 in float32.
+    4 bits come back in that dtype, as in its matrix products; int8 in float32.
     """
     import bitsandbytes.functional as bnb
 
+    if quant.dtype:
+        weight_OI = weight_OI.to(getattr(torch, quant.dtype))
     if quant.kind == "int8":
         codes_OI, scale_O, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16))
         decoded: Tensor = codes_OI.float() * (scale_O.float()[:, None] / 127)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qmerge.errors import RecipeError
 from qmerge.formats import open_format
 from qmerge.formats.simulated import BaseQuant, SimulatedReader, parse_base_quant, round_trip
+from qmerge.model.opening import open_model
+from qmerge.plan import as_trained
+from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
 
 
@@ -51,6 +56,47 @@ def test_equals_a_model_loaded_with_it(tiny_original: Path, quantize: str) -> No
     assert torch.equal(simulated.dense(f"{name}.weight"), expected)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("loaded", ["bfloat16", "float16", "float32", None])
+@pytest.mark.parametrize("stored", ["float16", "float32"])
+def test_weights_are_quantized_from_what_they_are_loaded_in(
+    tiny_original: Path, tmp_path: Path, stored: str, loaded: str | None, quantize: str
+) -> None:
+    """A base stored in another dtype than training loaded it in; where nothing says which, as
+    config.json says, whatever is stored."""
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder, name = tmp_path / "base", "model.layers.1.mlp.down_proj"
+    shutil.copytree(tiny_original, folder)
+    generator = torch.Generator().manual_seed(0)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            moved = tensor.float() * (1 + 0.01 * torch.rand(tensor.shape, generator=generator))
+            tensors[key] = moved.to(getattr(torch, stored))
+        save_file(tensors, file, metadata={"format": "pt"})
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantize == "int8", load_in_4bit=quantize == "nf4", bnb_4bit_quant_type="nf4"
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=loaded or "auto"
+    )
+    weight = model.get_submodule(name).weight
+    if quantize == "int8":
+        expected = weight.CB.float() * (weight.SCB.float()[:, None] / 127)
+    else:
+        expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    skeleton, base = open_model(folder)
+    asked = f"{quantize},dtype={loaded}" if loaded else quantize
+    recipe = Recipe(base=folder, out=tmp_path / "out", base_quant=asked)
+    simulated, decision = as_trained(recipe, skeleton, base)
+    assert torch.equal(simulated.tensor(f"{name}.weight"), expected)
+    assert decision.quant is not None
+    assert decision.quant.dtype == (loaded or "bfloat16")
+    assert ("dtype=bfloat16" in "".join(decision.notes)) is (loaded is None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_step_of_loftq_quantizes_as_bitsandbytes_alone(dtype: torch.dtype) -> None:
     """PEFT's `loftq_init` needs a GPU; what it does with the weight is written out here."""
@@ -70,11 +116,17 @@ def test_words_are_read_or_refused() -> None:
     assert parse_base_quant("none") is None
     kept = parse_base_quant("int8,skip=mlp,skip=model.layers.0")
     assert kept == BaseQuant(kind="int8", skip=("mlp", "model.layers.0"))
-    for text in ("nf4", "fp4,double", "nf4,double,block=128,skip=mlp", "int8,skip=mlp"):
+    for text in (
+        "nf4", "fp4,double", "nf4,double,block=128,skip=mlp", "int8,skip=mlp",
+        "int8,dtype=float16", "nf4,double,block=128,dtype=bfloat16,skip=mlp",
+    ):  # fmt: skip
         quant = parse_base_quant(text)
         assert quant is not None
         assert quant.option == text
     assert parse_base_quant("nf4, double") == BaseQuant(kind="nf4", double=True)
-    for text in ("nf5", "nf4,block=65", "int8,double", "nf4,triple", ""):
+    for text in (
+        "nf5", "nf4,block=65", "int8,double", "int8,block=64", "nf4,triple", "nf4,dtype=int8",
+        "nf4,skip=", "",
+    ):  # fmt: skip
         with pytest.raises(RecipeError, match="--base-quant"):
             parse_base_quant(text)
