@@ -187,7 +187,7 @@ def open_adapter(path: str | Path) -> Adapter:
     notes: tuple[str, ...] = ()
     if reason is None:
         _, notes = _peft_config(config, folder)
-    tensors = read_headers(weights_file(folder))
+    tensors = read_headers(weights_file(folder)) if reason is None else _whatever(folder)
     for option, infix in TRAINING_ONLY:
         if config.pop(option, None):
             tensors = {name: t for name, t in tensors.items() if infix not in name.split(".")}
@@ -202,6 +202,14 @@ def open_adapter(path: str | Path) -> Adapter:
     )
 
 
+def _whatever(folder: Path) -> dict[str, TensorInfo]:
+    """What there is of an adapter that cannot be merged anyway."""
+    try:
+        return read_headers(weights_file(folder))
+    except AdapterError:
+        return {}
+
+
 def weights_file(folder: Path) -> Path:
     """The file that PEFT would load: safetensors first."""
     for name in (SAFE_NAME, PICKLE_NAME):
@@ -212,6 +220,9 @@ def weights_file(folder: Path) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise AdapterError(f"{folder}: {what}", hint="give the folder that PEFT saved")
     if not file.is_file():
         raise AdapterError(f"{folder}: no {CONFIG_NAME}", hint=_where_else(folder))
     try:

@@ -188,6 +188,21 @@ def test_no_weights(folder: Path) -> None:
     assert "neither adapter_model.safetensors nor adapter_model.bin" in broken(folder)
 
 
+def test_a_kind_that_is_refused_needs_no_weights(folder: Path) -> None:
+    """PEFT saves X-LoRA without any; what is said is why it cannot be merged."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "XLORA"}))
+    save_file({}, folder / FILE)
+    adapter = open_adapter(folder)
+    assert adapter.summary["tensors"] == 0
+    assert "several adapters anew for every token" in str(adapter.refusal)
+
+
+def test_no_folder(folder: Path) -> None:
+    assert broken(folder / "x") == f"{folder / 'x'}: no such folder"
+    assert broken(folder / FILE) == f"{folder / FILE}: is a file"
+
+
 def test_no_config(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
     assert "no adapter_config.json" in broken(folder)
