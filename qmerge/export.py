@@ -104,7 +104,7 @@ def _open(recipe: Recipe) -> _Source:
     notes = [*loaded.notes]
     tuning = open_tuning(recipe, skeleton, weights, faults)
     shape = tuning.shape if tuning else Shape(skeleton=skeleton)
-    home = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
+    home = tokenizer_home(recipe.base, *recipe.trained())
     if home != recipe.base:
         with faults.at("tokenizer"):
             tokenizer = load_tokenizer(home, trust_remote_code=trust)

@@ -40,6 +40,7 @@ from qmerge.recipe import Recipe
 from qmerge.release import (
     REPORT,
     quantization_settings,
+    tokenizer_files,
     write_config,
     write_papers,
     write_side_files,
@@ -159,8 +160,17 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
             records["base"] = replace(records["base"], model=known)
         records[role] = replace(records[role], format=adapter.kind, details={"rank": adapter.rank})
     if recipe.partial_state is not None:
-        records["partial state"] = file_record(recipe.partial_state)
+        records["partial state"] = file_record(recipe.partial_state, *_saved_beside(job))
     return records
+
+
+def _saved_beside(job: Job) -> list[Path]:
+    """Tokenizer files beside a partial state, where the release takes those."""
+    state, home = job.recipe.partial_state, job.tokenizer_folder
+    folders = (job.recipe.base, *(each.folder for each in job.recipe.adapters()))
+    if state is None or home != state.parent or home in folders:
+        return []
+    return [*tokenizer_files(home).values()]
 
 
 def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
     siblings: frozenset[tuple[str, ...]] = frozenset()
     notes: list[str] = []
     stored = loaded = None
-    tokenizer_folder = tokenizer_home(recipe.base, *(each.folder for each in recipe.adapters()))
+    tokenizer_folder = tokenizer_home(recipe.base, *recipe.trained())
     with faults.at("--base"):
         skeleton, stored = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
         siblings = probe(skeleton)

@@ -43,11 +43,10 @@ def hub_name(folder: Path) -> str | None:
     return f"{match[1]}/{match[2]}" if match else None
 
 
-def file_record(path: Path) -> InputRecord:
-    """One file with its digest."""
-    return InputRecord(
-        path=str(path), bytes=path.stat().st_size, files={path.name: sha256_file(path)}
-    )
+def file_record(path: Path, *beside: Path) -> InputRecord:
+    """One file with its digest, and those that were taken from its folder."""
+    files = {each.name: sha256_file(each) for each in (path, *beside)}
+    return InputRecord(path=str(path), bytes=path.stat().st_size, files=files)
 
 
 def license_of(folder: Path) -> str | None:

@@ -336,6 +336,11 @@ class Recipe(Scoring):
         """The adapters in the order given, with their weights."""
         return tuple(map(_weighted, self.adapter))
 
+    def trained(self) -> tuple[Path, ...]:
+        """The folders that training saved what it changed in; a later one's tokenizer wins."""
+        state = (self.partial_state.parent,) if self.partial_state is not None else ()
+        return (*state, *(each.folder for each in self.adapters()))
+
     def overrides(self) -> tuple[Override, ...]:
         """The overrides in the order given; RecipeError for one that says nothing."""
         return tuple(map(_override, self.override))

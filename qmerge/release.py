@@ -48,9 +48,14 @@ def side_files_of(checkpoint: Checkpoint, tokenizer: Path) -> dict[Path, Path]:
     sources = {path.relative_to(checkpoint.path): path for path in checkpoint.side_files()}
     if tokenizer != checkpoint.path:
         sources = {name: path for name, path in sources.items() if not _of_tokenizer(name)}
-        saved = {path.relative_to(tokenizer): path for path in folder_side_files(tokenizer)}
-        sources |= {name: path for name, path in saved.items() if _of_tokenizer(name)}
+        sources |= tokenizer_files(tokenizer)
     return {name: sources[name] for name in sorted(sources) if str(name) not in OWN_FILES}
+
+
+def tokenizer_files(folder: Path) -> dict[Path, Path]:
+    """The tokenizer's own files in a folder, by name."""
+    saved = {path.relative_to(folder): path for path in folder_side_files(folder)}
+    return {name: path for name, path in saved.items() if _of_tokenizer(name)}
 
 
 def write_side_files(job: Job, folder: Path) -> dict[str, str]:

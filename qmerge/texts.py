@@ -28,9 +28,9 @@ LOGIT_BYTES = 1 << 28
 one window."""
 
 
-def tokenizer_home(base: Path, *adapters: Path | None) -> Path:
-    """The last adapter's folder where training saved its own tokenizer, else the base's."""
-    for folder in reversed(adapters):
+def tokenizer_home(base: Path, *trained: Path | None) -> Path:
+    """The last folder where training saved a tokenizer of its own, else the base's."""
+    for folder in reversed(trained):
         if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
     return base

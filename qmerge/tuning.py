@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from qmerge.adapters import (
     Adapter,
@@ -16,6 +19,7 @@ from qmerge.adapters import (
     open_adapter,
     overlay,
 )
+from qmerge.adapters.probe import Rows, no_rows
 from qmerge.adapters.source import read_headers, rows_of_vocabulary
 from qmerge.errors import AdapterError, Fault
 from qmerge.job import Faults
@@ -53,6 +57,15 @@ def open_tuning(
     that their faults are told too.
     """
     asked = recipe.adapters()
+    faults.found += [
+        Fault(
+            where="--adapter",
+            message=f"a weight of {each.weight} for {each.folder} is no number to weigh by",
+            hint="give DIR@WEIGHT, as in adapter@0.5",
+        )
+        for each in asked
+        if not math.isfinite(each.weight)
+    ]
     adapters: list[Adapter] = []
     for each in asked:
         with faults.at(f"--adapter {each.folder}"):
@@ -66,12 +79,18 @@ def open_tuning(
         with faults.at("--adapter"):
             shape = _grown(skeleton, adapters, state)
             selection = _Selection(recipe)
-            links += _links(recipe, shape.skeleton, adapters, selection)
+            links += _links(recipe, shape, adapters, selection, base)
             faults.found += selection.faults()
     if shape is not None and recipe.partial_state is not None:
         with faults.at("--partial-state"):
-            model = _after(links, shape.skeleton).fused
-            links.append(overlay(model, recipe.partial_state))
+            made = overlay(
+                _after(links, shape.skeleton).fused,
+                recipe.partial_state,
+                adapters=adapters,
+                allow_noop=recipe.allow_noop,
+                base=_rows(shape, base, links),
+            )
+            links.append(made)
     faults.found += _left_beside(recipe, adapters)
     if skeleton is None or shape is None or not links:
         return None
@@ -111,14 +130,19 @@ def _grown(
 
 
 def _links(
-    recipe: Recipe, skeleton: Skeleton, adapters: Sequence[Adapter], selection: _Selection
+    recipe: Recipe,
+    shape: Shape,
+    adapters: Sequence[Adapter],
+    selection: _Selection,
+    base: Weights | None,
 ) -> list[Change]:
     """One change for each adapter in its order, or one for all of them combined."""
+    skeleton = shape.skeleton
     weights = [each.weight for each in recipe.adapters()]
     if recipe.combine is not None and adapters:
         combined = combine(
             skeleton.fused, adapters, weights, recipe.combine,
-            density=recipe.density, seed=recipe.seed,
+            density=recipe.density, seed=recipe.seed, allow_noop=recipe.allow_noop,
         )  # fmt: skip
         adapters, weights = [combined], [1.0]
     links: list[Change] = []
@@ -129,9 +153,24 @@ def _links(
             weight=weight,
             selected=selection,
             allow_noop=recipe.allow_noop,
+            base=_rows(shape, base, links),
         )
         links.append(made)
     return links
+
+
+def _rows(shape: Shape, base: Weights | None, links: Sequence[Change]) -> Rows:
+    """The base as the next change finds it; not known where those before it changed it."""
+    if base is None:
+        return no_rows
+    fitted, aliases = shape.fit(base), shape.skeleton.tied()
+    changed = frozenset[str]().union(*(link.touched for link in links))
+
+    def rows(name: str, start: int, stop: int) -> torch.Tensor | None:
+        own = aliases.get(name, name)
+        return fitted.rows(own, start, stop) if fitted.holds(own) and name not in changed else None
+
+    return rows
 
 
 def _after(links: Sequence[Change], skeleton: Skeleton) -> Skeleton:

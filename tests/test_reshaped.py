@@ -270,6 +270,28 @@ def test_a_partial_state_unties_and_an_adapter_follows(tiny_original: Path, tmp_
     torch.testing.assert_close(logits(found, tokens), logits(trained, tokens))
 
 
+def test_a_partial_state_brings_tokens_and_their_tokenizer(
+    asked: Recipe, tiny_original: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    """A trainer that knows no adapters: its output folder has the tokenizer and the parameters."""
+    folder, tokens = tmp_path / "trained", TOKENS + len(NEW)
+    model = grow(tiny_original, folder, tokens)
+    model.model.embed_tokens.weight.data *= 1.1
+    torch.save({"model.embed_tokens.weight": model.model.embed_tokens.weight}, folder / "state.pt")
+    recipe = replace(
+        asked, base=tiny_original, partial_state=folder / "state.pt", out=tmp_path / "release"
+    )
+    result = run(recipe)
+    want = perplexity(model, folder, eval_text)
+    assert result.arms["trained"]["held_out"].perplexity == pytest.approx(want, rel=1e-5)
+    assert len(AutoTokenizer.from_pretrained(recipe.out)) == tokens
+    assert verify(recipe.out).failed == ()
+    export(replace(recipe, out=tmp_path / "merged"), dtype="float32")
+    ids = torch.arange(tokens)[None, -40:]
+    torch.testing.assert_close(logits(dense(tmp_path / "merged"), ids), logits(model, ids))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == tokens
+
+
 def test_second_adapter_on_an_untied_model(tiny_original: Path, tmp_path: Path) -> None:
     """Each on the result of the one before: tokens trained later are the embedding's alone."""
     first = train(dense(tiny_original), tmp_path / "first", modules_to_save=["lm_head"])

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LNTuningConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qmerge.errors import Fault
 from qmerge.plan import Plan, make_plan
@@ -143,6 +145,44 @@ def test_one_clear_fault(
 def test_a_change_of_nothing_is_asked_for(asked: Recipe) -> None:
     edit(asked, lambda t: [t[n].zero_() for n in t if "lora_B" in n])
     good(replace(asked, allow_noop=True))
+
+
+WHOLE: dict[str, Any] = {
+    "head": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "norms": LNTuningConfig(target_modules=["input_layernorm"]),
+    "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 9]),
+    "tokens alone": TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 9]),
+}
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, "partial state"])
+def test_values_that_are_the_bases_own_are_a_change_of_nothing(
+    kind: str, asked: Recipe, tmp_path: Path
+) -> None:
+    """What training saved whole is held against the base, of which one value more is a change."""
+    base = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)
+    if kind == "partial state":
+        file, adapters = tmp_path / "state.pt", ()
+        asked = replace(asked, adapter=adapters, partial_state=file)
+        names = ("model.norm.weight", "model.embed_tokens.weight")
+        state = {name: base.state_dict()[name].clone() for name in names}
+        torch.save(state, file)
+    else:
+        shutil.rmtree(folder(asked))
+        get_peft_model(base, WHOLE[kind]).save_pretrained(folder(asked))
+    assert fault(asked).message == "its update is zero: merging changes nothing"
+    good(replace(asked, allow_noop=True))
+    if kind == "partial state":
+        state["model.embed_tokens.weight"][-1, -1] += 1
+        torch.save(state, file)
+    else:
+        edit(asked, lambda t: t[next(n for n in t if "lora" not in n)].view(-1)[-1:].add_(1))
+    good(asked)
+
+
+def test_a_weight_that_is_no_number(asked: Recipe) -> None:
+    found = fault(replace(asked, adapter=(f"{folder(asked)}@nan",)))
+    assert "no number to weigh by" in found.message
 
 
 def test_names_that_were_understood_are_listed(asked: Recipe) -> None:

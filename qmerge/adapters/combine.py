@@ -55,6 +55,7 @@ def combine(
     density: float | None = None,
     svd_rank: int | None = None,
     seed: int = 0,
+    allow_noop: bool = False,
 ) -> Adapter:
     """One LoRA adapter made of several for a model on the meta device.
 
@@ -65,7 +66,10 @@ def combine(
     without loss, RecipeError for an unknown method or a density that it needs.
     """
     _check(adapters, method, density)
-    injections = [inject(model, adapter, allow_noop=True) for adapter in adapters]
+    injections = [
+        inject(model, adapter, weight=weight, allow_noop=allow_noop)
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
     faults = tuple(fault for injection in injections for fault in injection.faults)
     if faults:
         raise PlanError(faults)

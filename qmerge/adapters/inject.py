@@ -15,7 +15,7 @@ from qmerge.adapters import unit
 from qmerge.adapters.injection import LIVE_HINT, Injection
 from qmerge.adapters.kinds import settles
 from qmerge.adapters.landing import OTHER_MODEL_HINT, Landing, land
-from qmerge.adapters.probe import probe
+from qmerge.adapters.probe import Rows, no_rows, probe
 from qmerge.adapters.retarget import repattern, retarget
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, Fault
@@ -33,11 +33,13 @@ def inject(
     weight: float = 1.0,
     selected: Callable[[str], bool] | None = None,
     allow_noop: bool = False,
+    base: Rows = no_rows,
 ) -> Injection:
     """Inject an adapter into a copy of a model on the meta device, and check all of it.
 
     `weight` is a factor on its update. `selected` says by plain module name which adapted modules
-    to merge; the others stay the base's. What is wrong with the adapter's tensors stands in
+    to merge; the others stay the base's. `base` shows whether whole values differ from
+    its own. What is wrong with the adapter's tensors stands in
     `faults`; an AdapterError is raised where the adapter cannot be injected at all.
     """
     if adapter.refusal:
@@ -69,7 +71,7 @@ def inject(
     )
     if injection.faults:
         return injection
-    return replace(injection, faults=probe(injection, allow_noop=allow_noop))
+    return replace(injection, faults=probe(injection, allow_noop=allow_noop, base=base))
 
 
 def _wrap(model: Any, adapter: Adapter) -> tuple[Any, tuple[str, ...]]:

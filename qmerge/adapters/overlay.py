@@ -8,7 +8,7 @@ Here every name has to land.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,16 @@ from qmerge.adapters.landing import (
     not_finite,
     wrong_values,
 )
-from qmerge.adapters.source import read_tensors
-from qmerge.adapters.spelling import understand
+from qmerge.adapters.probe import NOOP, NOOP_HINT, Rows, no_rows, same_values
+from qmerge.adapters.source import Adapter, read_tensors
+from qmerge.adapters.spelling import bare, understand
 from qmerge.errors import AdapterError, Fault
 
 BASE_LAYER = ".base_layer"
+HOMELESS = (
+    LEFT_OVER[0],
+    "give the adapter that they belong to with --adapter, or the model they were trained on",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +75,18 @@ class Overlay:
         return unit.plain_tensors(module)
 
 
-def overlay(model: Any, file: Path) -> Overlay:
+def overlay(
+    model: Any,
+    file: Path,
+    *,
+    adapters: Sequence[Adapter] = (),
+    allow_noop: bool = False,
+    base: Rows = no_rows,
+) -> Overlay:
     """Match a partial state to a model on the meta device.
+
+    Tensors of `adapters`, which are merged beside it, may be in the file too where they are the
+    same. `base` shows whether its values differ from the base's.
 
     Raises AdapterError for a file that is damaged, or a pickle with more in it than tensors.
     """
@@ -81,20 +96,25 @@ def overlay(model: Any, file: Path) -> Overlay:
     spelling = understand(found, places)
     named = {target: tensors[found[name]] for name, target in spelling.names.items()}
     landed = {name: tensor for name, tensor in named.items() if name in places}
+    known = _by_name(adapters)
+    doubled = [n for n in named if n not in places and _is_among(known.get(bare(n), ()), named[n])]
+    lost = sorted(named.keys() - places.keys() - set(doubled))
     where = str(file)
     faults = (
         *listed(
             where, contradictions(spelling, {n: tensors[own] for n, own in found.items()}), DOUBLED
         ),
-        *listed(where, sorted(named.keys() - places.keys()), LEFT_OVER),
+        *listed(where, lost, HOMELESS),
         *wrong_values(landed, places, where),
         *not_finite(landed, where),
     )
+    if not faults and not allow_noop and same_values(((n, 0, t) for n, t in landed.items()), base):
+        faults = (Fault(where=where, message=NOOP, hint=NOOP_HINT),)
     values, unties = _over_ties(landed, places)
     return Overlay(
         path=file,
         faults=faults,
-        notes=(f"{file} replaces {len(landed)} parameters as a whole",),
+        notes=(f"{file} replaces {len(landed)} parameters as a whole", *_told(doubled)),
         renamed={
             found[name]: target for name, target in spelling.names.items() if found[name] != target
         },
@@ -103,6 +123,23 @@ def overlay(model: Any, file: Path) -> Overlay:
         model=copy.deepcopy(model),
         values=values,
     )
+
+
+def _by_name(adapters: Sequence[Adapter]) -> dict[str, list[torch.Tensor]]:
+    """The tensors of all adapters, by names that no wrapper changes."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for adapter in adapters:
+        for name, tensor in adapter.read().items():
+            found.setdefault(bare(name), []).append(tensor)
+    return found
+
+
+def _is_among(known: Sequence[torch.Tensor], tensor: torch.Tensor) -> bool:
+    return any(torch.equal(tensor.to(own.dtype), own) for own in known)
+
+
+def _told(doubled: Sequence[str]) -> tuple[str, ...]:
+    return (f"{len(doubled)} tensors in it are the adapter's own",) if doubled else ()
 
 
 def _over_ties(

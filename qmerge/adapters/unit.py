@@ -167,10 +167,16 @@ def changed_parameters(module: nn.Module) -> set[str]:
 def brings_rows(module: nn.Module, name: str, start: int) -> bool:
     """Whether an adapted module has its own values for the rows of a parameter from `start` on."""
     rows = next((s.parameter.shape[0] for s in base_slots(module) if s.name == name), start)
-    trained = getattr(getattr(module, "token_adapter", module), "token_indices", None)
+    trained = trained_tokens(module)
     if trained is None:
         return is_wrapper(module)
-    return set(range(start, rows)) <= set(trained[ADAPTER])
+    return set(range(start, rows)) <= set(trained)
+
+
+def trained_tokens(module: nn.Module) -> tuple[int, ...] | None:
+    """The tokens whose rows an adapted embedding has of its own, None for one that has all."""
+    trained = getattr(getattr(module, "token_adapter", module), "token_indices", None)
+    return None if trained is None else tuple(trained[ADAPTER])
 
 
 def parent_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -110,7 +110,7 @@ def check_tokenizer(opened: Opened, findings: Findings, *, trust_remote_code: bo
 
 
 def _is_home(role: str) -> bool:
-    return role == "base" or role.startswith("adapter")
+    return role in ("base", "partial state") or role.startswith("adapter")
 
 
 def _check_transformers(opened: Opened, findings: Findings) -> None:

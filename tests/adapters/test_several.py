@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qmerge.adapters import METHODS, Chain, Change, combine, inject, open_adapter, overlay
@@ -197,6 +197,17 @@ def test_combination_needs_sound_adapters(tmp_path: Path) -> None:
     assert [fault.where for fault in raised.value.faults] == [str(f) for f in folders]
 
 
+def test_each_part_of_a_combination_does_something(tmp_path: Path) -> None:
+    zero = tiny.train(tiny.model(), LoraConfig(target_modules=["q_proj"]), tmp_path / "b", scale=0)
+    folders = [lora(tmp_path / "a", 1, target_modules=["q_proj"]), zero]
+    adapters = [open_adapter(folder) for folder in folders]
+    for weights, idle in (([1, 1], folders[1:]), ([0, 1], folders)):
+        with pytest.raises(PlanError) as raised:
+            combine(tiny.skeleton(), adapters, weights, "cat")
+        assert [fault.where for fault in raised.value.faults] == [str(f) for f in idle]
+    assert combine(tiny.skeleton(), adapters, [1, 1], "cat", allow_noop=True).refusal is None
+
+
 def test_unknown_combination(tmp_path: Path) -> None:
     adapters = [open_adapter(lora(tmp_path / "a", 1))]
     with pytest.raises(RecipeError, match="unknown"):
@@ -295,6 +306,32 @@ def test_partial_state_faults(tensors: Tensors, message: str, tmp_path: Path) ->
     torch.save(tensors, tmp_path / "state.pt")
     (fault,) = overlay(tiny.skeleton(), tmp_path / "state.pt").faults
     assert message in fault.message
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_partial_state_that_holds_the_adapter_too(moved: bool, tmp_path: Path) -> None:
+    """`torch.save` of all that required gradients: PEFT's parameters, and those beside them."""
+    torch.manual_seed(1)
+    options = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    live = get_peft_model(copy.deepcopy(tiny.model()), options)
+    live.base_model.model.model.norm.weight.requires_grad_(True)
+    trained = {name: p for name, p in live.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    live.save_pretrained(tmp_path)
+    if moved:
+        next(p for name, p in trained.items() if "lora_A" in name).data += 1
+    torch.save(trained, tmp_path / "state.pt")
+    adapter = open_adapter(tmp_path)
+    made = overlay(tiny.skeleton(), tmp_path / "state.pt", adapters=[adapter])
+    if moved:
+        (fault,) = made.faults
+        assert "no place in this model: model.layers.0.self_attn.q_proj.lora_A" in fault.message
+        return
+    assert made.faults == ()
+    assert "4 tensors in it are the adapter's own" in made.notes
+    got = tiny.merged(chain(inject(tiny.skeleton(), adapter), made), tiny.model())
+    assert tiny.differing(got, dict(live.merge_and_unload().state_dict())) == set()
 
 
 def test_partial_state_with_something_else_in_it(tmp_path: Path) -> None:
