@@ -66,6 +66,9 @@ class Job:
     """Whether forwards of all calibration windows may wait in a layer at one time."""
     device: torch.device
     notes: tuple[str, ...]
+    compared: bool = True
+    """Whether the original is what the base was quantized from, so that their difference says what
+    that cost."""
 
     @property
     def in_domain(self) -> Corpus:

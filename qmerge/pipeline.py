@@ -12,6 +12,7 @@ import torch
 
 from qmerge import __version__
 from qmerge.corpus import overlap
+from qmerge.errors import ModelError
 from qmerge.job import Job
 from qmerge.measure import (
     check_limits,
@@ -61,7 +62,7 @@ from qmerge.results import (
     encode,
 )
 from qmerge.stages.evaluate import Scored
-from qmerge.stages.substitute import check_likeness, likeness
+from qmerge.stages.substitute import likeness, unlike
 from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
@@ -72,6 +73,7 @@ RELEASE = "release"
 DENSE = "dense"
 """What the reference is called where there is no adapter."""
 MERGED = "merged"
+NOT_COMPARED = "the base's quantization error is not measured against it"
 
 Scores = dict[str, dict[str, ArmScore]]
 
@@ -100,10 +102,9 @@ def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
     with meter.stage("digest"):
         inputs = _hash_inputs(job, progress)
     with Workspace.open(recipe.out, _fingerprint(job, inputs), restart=recipe.restart) as workspace:
+        job = _compared(job, progress, resumed=bool(workspace.finished()))
         for note in job.notes:
             progress.warn(note)
-        if "substitute" in job.strategies and not workspace.finished():
-            _check_original(job, progress)
         walk = Walk(job, workspace, progress, meter)
         _walk(walk, progress)
         progress.stage("score", len(job.evaluation))
@@ -186,19 +187,33 @@ def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
     return encode({"made by": made_by, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
 
 
-def _check_original(job: Job, progress: Progress) -> None:
-    """Before anything is spent on it: is this the model that the base was quantized from?"""
+def _compared(job: Job, progress: Progress, *, resumed: bool) -> Job:
+    """Before anything is spent on the original: is it what the base was quantized from?
+
+    `ModelError` where an adapter would be merged onto another model. Where it is only measured
+    against, what was not quantized is compared, and the job that comes back says what was found.
+    """
     base, original = job.base, job.original
-    if original is None or job.recipe.force:
-        return
-    names = sorted(name + WEIGHT for name in job.specs if base.is_quantized(name + WEIGHT))
-    outer = [unit for unit in job.skeleton.units() if unit.kind in ("embedding", "head")]
-    alone = [name for unit in outer for name in unit.parameters]
-    alone = [n for n in alone if len(base.shape(n)) == 2 and not base.is_quantized(n)]
-    progress.stage("compare with the original", len(names) + len(alone))
-    quantized = likeness(base, original, names, progress.step)
-    untouched = likeness(base, original, alone, progress.step) if names else []
-    check_likeness(quantized, untouched, base.format.summary.bits)
+    if original is None or job.recipe.original is None or job.recipe.force:
+        return job
+    strict = "substitute" in job.strategies
+    if strict and resumed:
+        return job
+    targets = {name + WEIGHT for name in job.specs}
+    linears = {name for name in targets if base.is_quantized(name)} or targets
+    units = job.skeleton.units()
+    progress.stage("compare with the original", sum(len(unit.parameters) for unit in units))
+    found = likeness(base, original, units, linears if strict else (), progress.step)
+    message = unlike(found)
+    if message is None:
+        return job
+    if strict:
+        raise ModelError(
+            message,
+            hint="give the very model and revision that the base was made of, or --strategy"
+            " dequantize, or --force to go on",
+        )
+    return replace(job, notes=(*job.notes, f"{message}: {NOT_COMPARED}"), compared=False)
 
 
 # From scores to a result

@@ -359,7 +359,7 @@ class Walk:
     def _weights(
         self, unit: Unit, strategy: str, merged: Tensors, origins: Mapping[str, Tensors]
     ) -> dict[str, Weight]:
-        original = origins.get("substitute", {})
+        original = origins.get("substitute", {}) if self.job.compared else {}
         return {
             name: Weight(
                 merged_OI=merged[name + WEIGHT],

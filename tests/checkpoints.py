@@ -59,24 +59,26 @@ def write_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def write_original(folder: Path) -> None:
-    """bf16, in shards, trained for a few seconds so that its weights are no noise."""
+def write_original(folder: Path, **options: Any) -> None:
+    """bf16, in shards, trained for a few seconds so that its weights are no noise; `options` go
+    into its configuration."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = write_tokenizer(folder)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = Qwen3Config(**{**shape, **options})
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
     _train(model, tokenizer, texts()[0], steps=STEPS)
@@ -126,8 +128,9 @@ def write_adapter(original: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def write_gptq(original: Path, folder: Path, **options: Any) -> None:
+def write_gptq(original: Path, folder: Path, *, backend: Any = None, **options: Any) -> None:
     """GPTQ by gptqmodel; `options` go to its QuantizeConfig. The package must be installed."""
+    kernel = {} if backend is None else {"backend": backend}
     settings = {"bits": 4, "group_size": GROUP_SIZE, "desc_act": False, "sym": True} | options
     with _contained():
         from gptqmodel import GPTQModel, QuantizeConfig
@@ -136,7 +139,7 @@ def write_gptq(original: Path, folder: Path, **options: Any) -> None:
             str(original), QuantizeConfig(**settings), dtype=torch.bfloat16, device="cpu"
         )
         text = texts()[0]
-        model.quantize([text[i : i + 400] for i in range(0, 6400, 400)], batch_size=4)
+        model.quantize([text[i : i + 400] for i in range(0, 6400, 400)], batch_size=4, **kernel)
         model.save(str(folder))
 
 

@@ -187,6 +187,7 @@ def _weight(name: str, linear: AwqLinear, dtype: torch.dtype) -> StoredWeight:
         dtype=dtype,
         quantized=True,
         sources=tuple(linear.stored(suffix) for suffix in SUFFIXES),
+        bits=BITS,
     )
 
 

@@ -168,6 +168,8 @@ class StoredWeight:
     quantized: bool
     sources: tuple[str, ...]
     """The stored tensors it is decoded from."""
+    bits: int | None = None
+    """Of a code; None where it is not quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,6 +241,7 @@ def _weight_4bit(checkpoint: Checkpoint, name: str, state: BlockState) -> Stored
         dtype=state.dtype,
         quantized=True,
         sources=(*sizes, f"{name}{STATE}{state.kind}"),
+        bits=4,
     )
 
 
@@ -271,7 +272,9 @@ def _weight_int8(
         )
     expect_dtype(checkpoint.tensors[scale], DENSE_DTYPES, "scale")
     expect_shape(scale, checkpoint.tensors[scale].shape, info.shape[:1], f"the shape of {name}")
-    return StoredWeight(name=name, shape=info.shape, dtype=dtype, quantized=True, sources=sources)
+    return StoredWeight(
+        name=name, shape=info.shape, dtype=dtype, quantized=True, sources=sources, bits=8
+    )
 
 
 def _part(checkpoint: Checkpoint, name: str, because: str) -> TensorInfo:

@@ -278,6 +278,7 @@ def _weight(linear: CompressedLinear, dtype: torch.dtype) -> StoredWeight:
         dtype=dtype,
         quantized=True,
         sources=tuple(linear.stored(suffix) for suffix in linear.parts),
+        bits=linear.scheme.bits,
     )
 
 

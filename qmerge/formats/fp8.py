@@ -79,7 +79,12 @@ class Fp8Reader(Reader):
             expect_scale_shape(scale, tensors[scale].shape, shape, block)
             weights.append(
                 StoredWeight(
-                    name=name, shape=shape, dtype=dtype, quantized=True, sources=(name, scale)
+                    name=name,
+                    shape=shape,
+                    dtype=dtype,
+                    quantized=True,
+                    sources=(name, scale),
+                    bits=8,
                 )
             )
         summary = FormatSummary(

@@ -314,6 +314,7 @@ def _weight(name: str, linear: PackedLinear, dtype: torch.dtype) -> StoredWeight
         dtype=dtype,
         quantized=True,
         sources=tuple(linear.stored(suffix) for suffix in suffixes),
+        bits=linear.bits,
     )
 
 

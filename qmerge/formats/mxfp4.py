@@ -66,6 +66,7 @@ class Mxfp4Reader(Reader):
                     dtype=dtype,
                     quantized=True,
                     sources=sources,
+                    bits=4,
                 )
             )
         summary = FormatSummary(

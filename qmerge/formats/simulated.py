@@ -128,6 +128,7 @@ class SimulatedReader(Reader):
             dataclasses.replace(
                 weight,
                 quantized=True,
+                bits=quant.bits,
                 shape=weight.shape[::-1] if weight.name in turned else weight.shape,
             )
             if weight.name in chosen

@@ -106,6 +106,10 @@ class Weights:
         """Whether the parameter is stored quantized."""
         return self.format.weights[self.names.stored[parameter]].quantized
 
+    def bits(self, parameter: str) -> int | None:
+        """Of the codes that the parameter is stored in; None where it is dense."""
+        return self.format.weights[self.names.stored[parameter]].bits
+
     def shape(self, parameter: str) -> tuple[int, ...]:
         stored = tuple(self.format.weights[self.names.stored[parameter]].shape)
         if parameter in self.turned and not self.is_quantized(parameter):
