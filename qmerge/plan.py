@@ -204,7 +204,7 @@ def _simulated(
 
     bitsandbytes quantizes linears. Experts were such while each was a module; fused ones it leaves.
     """
-    chosen = [name for name in skeleton.replaceable() if quant.quantizes(name)]
+    chosen = [name for name in skeleton.replaceable(head=bool(quant.skip)) if quant.quantizes(name)]
     if not single_experts:
         fused = _fused_experts(skeleton)
         chosen = [name for name in chosen if name not in fused]

@@ -23,7 +23,7 @@ LIMIT = 1 << 20
 CARD_SENTENCE = "quantization config was used during training:"
 QUANTIZED_NAMES = ("bnb-4bit", "bnb-8bit", "gptq", "awq", "fp8", "int4", "int8", "w4a16", "w8a8")
 HEAD = "lm_head"
-"""Never quantized, named or not."""
+"""Left alone where nothing else is named."""
 MIXED_NAME = "unsloth-bnb-4bit"
 HINT = "say how training loaded the base: --base-quant nf4,double, or none for as it is stored"
 
@@ -310,8 +310,8 @@ def _bitsandbytes(found: Mapping[str, Any]) -> tuple[Said, ...]:
     else:
         return (None,)
     skipped = found.get("llm_int8_skip_modules")
-    names = [str(name) for name in skipped if name != HEAD] if isinstance(skipped, list) else []
-    return (replace(said, skip=tuple(names)) if isinstance(said, BaseQuant) else said,)
+    names = tuple(map(str, skipped)) if isinstance(skipped, list) and skipped != [HEAD] else ()
+    return (replace(said, skip=names) if isinstance(said, BaseQuant) else said,)
 
 
 def _quant(method: str, bits: Any, kind: str, double: Any) -> BaseQuant | str:

@@ -129,7 +129,12 @@ FILES: dict[str, tuple[str, str, BaseQuant | None]] = {
     "config.json, skipping": (
         "config.json",
         configuration(nf4(llm_int8_skip_modules=["lm_head", "mlp"])),
-        BaseQuant(kind="nf4", double=True, skip=("mlp",)),
+        replace(NF4, skip=("lm_head", "mlp")),
+    ),
+    "config.json, skipping the head": (
+        "config.json",
+        configuration(nf4(llm_int8_skip_modules=["lm_head"])),
+        NF4,
     ),
     "config.json, defaults": (
         "config.json",
@@ -304,13 +309,13 @@ def test_the_plan_uses_it_and_its_recipe_says_so(
     (adapter / "args.json").unlink()
     plan = make_plan(recipe)
     job = plan.ready()
-    assert job.recipe.base_quant == "nf4,double,dtype=bfloat16,skip=down_proj"
+    assert job.recipe.base_quant == "nf4,double,dtype=bfloat16,skip=lm_head,skip=down_proj"
     assert job.original is not None
     assert job.original.format.name == "dense"
     auto, substitute = replace(recipe, strategy="auto"), replace(recipe, strategy="substitute")
     assert make_plan(auto).ready().strategies == ("dequantize", "substitute")
     assert make_plan(substitute).ready().strategies == ("substitute",)
-    assert any("nf4,double,skip=down_proj" in note for note in plan.summary.notes)
+    assert any("nf4,double,skip=lm_head,skip=down_proj" in note for note in plan.summary.notes)
     stored = job.base.format.weights
     assert stored["model.layers.0.mlp.up_proj.weight"].quantized
     assert not stored["model.layers.0.mlp.down_proj.weight"].quantized

@@ -22,7 +22,8 @@ from qmerge.formats.base import ALL, Format, Reader, StoredWeight
 from qmerge.storage.checkpoint import Checkpoint
 
 Kind = Literal["nf4", "fp4", "int8"]
-BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+USUAL_BLOCK = 64
 DTYPES = ("bfloat16", "float16", "float32")
 AS_STORED = "none"
 HINT = (
@@ -37,9 +38,10 @@ class BaseQuant:
 
     kind: Kind
     double: bool = False
-    block: int = 64
+    block: int = USUAL_BLOCK
     skip: tuple[str, ...] = ()
-    """Modules left alone, named as for `llm_int8_skip_modules` of transformers."""
+    """Modules left alone, named as for `llm_int8_skip_modules` of transformers: where there are
+    any, a head that is not among them is quantized too, unless it is tied."""
     dtype: str | None = None
     """What the weights were loaded in, and quantized from; None where it is as they are stored.
     From weights of fp16 rounded to bf16 first, nf4 differs by a quarter of its own error."""
@@ -55,7 +57,7 @@ class BaseQuant:
     def option(self) -> str:
         """What `parse_base_quant` reads."""
         parts = [self.kind, *(["double"] if self.double else [])]
-        parts += [f"block={self.block}"] if self.block != BLOCKS[0] else []
+        parts += [f"block={self.block}"] if self.block != USUAL_BLOCK else []
         parts += [f"dtype={self.dtype}"] if self.dtype else []
         return ",".join([*parts, *(f"skip={name}" for name in self.skip)])
 
@@ -76,7 +78,7 @@ def parse_base_quant(text: str) -> BaseQuant | None:
     if text.strip() == AS_STORED:
         return None
     kind, *options = (part.strip() for part in text.split(","))
-    block, dtype, skip = BLOCKS[0], None, []
+    block, dtype, skip = USUAL_BLOCK, None, []
     for option in options:
         key, _, value = option.partition("=")
         if key == "block" and re.fullmatch(r"\d{1,5}", value):

@@ -86,14 +86,14 @@ class Skeleton:
         """The linears inside the layers, and the output embedding."""
         return {**self.linears(), self.head(): self.model.get_output_embeddings()}
 
-    def replaceable(self) -> tuple[str, ...]:
+    def replaceable(self, *, head: bool = False) -> tuple[str, ...]:
         """Linears that transformers replaces where it loads a model in 4 or 8 bits: those of the
-        plain class, wherever they are, but the head."""
-        head = self.model.get_output_embeddings()
+        plain class, wherever they are; the `head` where it is asked for and not tied."""
+        output, tied = self.model.get_output_embeddings(), self.head() + WEIGHT in self.tied()
         return tuple(
             name
             for name, module in self.model.named_modules()
-            if type(module) is nn.Linear and module is not head
+            if type(module) is nn.Linear and (module is not output or (head and not tied))
         )
 
     def states(self) -> tuple[str, ...]:

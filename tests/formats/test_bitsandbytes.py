@@ -47,7 +47,7 @@ def parts_4bit(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("blocksize", [64, 128, 1024])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 1024])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4_bits(
     tmp_path: Path, kind: str, blocksize: int, double: bool, dtype: torch.dtype

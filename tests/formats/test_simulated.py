@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,41 @@ def test_weights_are_quantized_from_what_they_are_loaded_in(
     assert ("dtype=bfloat16" in "".join(decision.notes)) is (loaded is None)
 
 
+def test_a_head_that_is_not_among_those_skipped(tmp_path: Path) -> None:
+    """transformers leaves the head alone only where nothing is named, or where it is."""
+    import bitsandbytes as bnb
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 128}
+    config = Qwen3Config(
+        **shape, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    skeleton, base = open_model(tmp_path)
+    for skipped in ([], ["lm_head", "q_proj"], ["down_proj"]):
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped or None
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=settings, dtype=torch.bfloat16
+        )
+        asked = ",".join(["nf4", *(f"skip={name}" for name in skipped)])
+        recipe = Recipe(base=tmp_path, out=tmp_path / "out", base_quant=asked)
+        simulated, _ = as_trained(recipe, skeleton, base)
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            weight: Any = module.weight
+            theirs = weight.data
+            packed = isinstance(module, bnb.nn.Linear4bit)
+            assert simulated.is_quantized(f"{name}.weight") is packed, (skipped, name)
+            if packed:
+                theirs = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(simulated.tensor(f"{name}.weight"), theirs.float())
+        assert simulated.is_quantized("lm_head.weight") is (skipped == ["down_proj"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_step_of_loftq_quantizes_as_bitsandbytes_alone(dtype: torch.dtype) -> None:
     """PEFT's `loftq_init` needs a GPU; what it does with the weight is written out here."""
@@ -118,7 +154,7 @@ def test_words_are_read_or_refused() -> None:
     assert kept == BaseQuant(kind="int8", skip=("mlp", "model.layers.0"))
     for text in (
         "nf4", "fp4,double", "nf4,double,block=128,skip=mlp", "int8,skip=mlp",
-        "int8,dtype=float16", "nf4,double,block=128,dtype=bfloat16,skip=mlp",
+        "int8,dtype=float16", "fp4,block=32", "nf4,double,block=128,dtype=bfloat16,skip=mlp",
     ):  # fmt: skip
         quant = parse_base_quant(text)
         assert quant is not None
