@@ -207,6 +207,30 @@ def test_merge_of_what_a_vision_language_model_trained(tmp_path: Path) -> None:
     assert torch.equal(found.state_dict()[merger], inner.state_dict()[merger])
 
 
+@pytest.mark.parametrize("whole", ["merger", "mlp"])
+def test_merge_of_modules_that_were_trained_whole_with_all_inside(
+    whole: str, tmp_path: Path
+) -> None:
+    """A projector, or the MLPs of layers, tower and projector, each of several linears."""
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(tiny.vision_language(), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    options = LoraConfig(target_modules=["q_proj"], modules_to_save=[whole])
+    tiny.train(model, options, tmp_path / "adapter")
+    out = tmp_path / "out"
+    merge(tmp_path / "base", tmp_path / "adapter", out, "--dtype", "float32")
+
+    def load(folder: Path) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+    trained = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    want, found = trained.merge_and_unload().state_dict(), load(out).state_dict()
+    assert tiny.differing(found, want) == set()
+
+
 def test_merge_onto_a_base_that_training_quantized(
     tiny_original: Path, tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,8 @@ class Change(Protocol):
     @property
     def left_out(self) -> tuple[str, ...]: ...
     @property
+    def adapted(self) -> tuple[str, ...]: ...
+    @property
     def unties(self) -> bool: ...
     def supplies(self, parameter: str, start: int) -> bool: ...
     def live(self, path: str) -> nn.Module: ...
@@ -61,6 +63,10 @@ class Chain:
     @property
     def left_out(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(path for link in self.links for path in link.left_out))
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(path for link in self.links for path in link.adapted))
 
     @property
     def unties(self) -> bool:

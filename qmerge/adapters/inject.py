@@ -64,6 +64,7 @@ def inject(
         notes=(*adapter.notes, *_notes(adapter, landing, said)),
         touched=touched,
         left_out=left_out,
+        adapted=tuple(adapted),
         unties=_unties(tuner, touched, landing),
         weight=weight,
         landing=landing,

@@ -18,7 +18,7 @@ from qmerge.adapters import unit
 from qmerge.adapters.landing import Landing
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, Fault
-from qmerge.names import join
+from qmerge.names import join, under
 
 LIVE_HINT = "serve the adapter live on top of its base instead"
 
@@ -35,6 +35,8 @@ class Injection:
     """Plain parameter names whose value the adapter may change."""
     left_out: tuple[str, ...]
     """Adapted modules that the user chose not to merge."""
+    adapted: tuple[str, ...]
+    """Paths of the modules that are changed as one: nothing inside them can be had by itself."""
     unties: bool
     """Whether the adapter makes a tied head and embedding differ."""
     weight: float
@@ -63,6 +65,7 @@ class Injection:
         Where the submodule is itself adapted (an embedding, a head), it comes one level down in a
         module that is called the same way.
         """
+        assert not any(under(path, other) for other in self.adapted), f"{path} is not by itself"
         module = unit.copy_out(self.tuner.model, path)
         module.__dict__[unit.PATH] = path
         unit.drop(module, unit.below(self.left_out, path))

@@ -148,11 +148,13 @@ def _translate(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             set_peft_model_state_dict(peft_model, dict(named), adapter_name=unit.ADAPTER)
-    except KeyError:
-        return {}, sorted(_expected(peft_model).keys() - named.keys())
     except Exception as error:
+        lost = sorted(_expected(peft_model).keys() - named.keys())
+        if isinstance(error, KeyError) and lost:
+            return {}, lost
+        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
         raise AdapterError(
-            f"{adapter.path}: PEFT cannot place this adapter's tensors in the model: {error}",
+            f"{adapter.path}: PEFT cannot place this adapter's tensors in the model: {said}",
             hint=OTHER_MODEL_HINT,
         ) from error
     finally:

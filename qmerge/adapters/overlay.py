@@ -47,6 +47,7 @@ class Overlay:
     renamed: Mapping[str, str]
     touched: frozenset[str]
     left_out: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
     unties: bool
     model: Any = field(repr=False)
     values: Mapping[str, torch.Tensor] = field(repr=False)

@@ -46,6 +46,10 @@ class OpenedChange:
         return self.change.left_out
 
     @property
+    def adapted(self) -> tuple[str, ...]:
+        return self.change.adapted
+
+    @property
     def unties(self) -> bool:
         return self.change.unties
 

@@ -51,13 +51,20 @@ def merge_outer(
     """
     changed: dict[str, torch.Tensor] = {}
     touched = [name for name in unit.parameters if name in change.touched]
-    for path in dict.fromkeys(module_of(name) for name in touched):
+    for path in dict.fromkeys(_place(change, name) for name in touched):
         live = change.live(path)
         own = {r: t for name, t in weights.items() if (r := under(name, path)) is not None}
         change.fill(live, own)
         merged = change.merge(live)
         changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
     return changed
+
+
+def _place(change: Change, parameter: str) -> str:
+    """The module that a parameter is merged with: the one that owns it, or all that is trained as
+    one around that, as a projector is."""
+    around = [path for path in change.adapted if under(parameter, path) is not None]
+    return min(around, key=len, default=module_of(parameter))
 
 
 def live_outer(skeleton: Skeleton, change: Change, path: str, source: Weights) -> nn.Module:

@@ -154,6 +154,16 @@ def test_bias_without_a_place(tmp_path: Path) -> None:
     assert "base layer has no bias" in message
 
 
+def test_modules_inside_one_another(tmp_path: Path) -> None:
+    """PEFT saves them, and cannot load what it saved."""
+    options = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"])
+    folder = tiny.train(tiny.model(), options, tmp_path)
+    with pytest.raises(KeyError):
+        tiny.trained(tiny.model(), folder)
+    with pytest.raises(AdapterError, match="PEFT cannot place this adapter's tensors"):
+        inject(tiny.skeleton(), open_adapter(folder))
+
+
 def test_nothing_selected(folder: Path) -> None:
     injection = inject(tiny.skeleton(), open_adapter(folder), selected=lambda _: False)
     assert [fault.message for fault in injection.faults] == ["nothing of it is selected"]
