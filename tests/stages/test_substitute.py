@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qmerge.errors import ModelError
+from qmerge.formats import open_format
 from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original
 from qmerge.pipeline import run
@@ -135,3 +136,13 @@ def test_a_base_that_gptqmodel_made_with_awq(
         original, base, method="awq", format="gemm", sym=False, backend=gptqmodel.BACKEND.AWQ_TORCH
     )
     assert "AWQ and SmoothQuant" in str(compared(base, original))
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    checkpoint = Checkpoint.open(base)
+    opened = open_format(checkpoint)
+    packed = [weight for weight in opened.weights.values() if weight.quantized]
+    assert len(packed) == 21
+    for weight in packed:
+        codes, zeros, scales = (checkpoint.read(name) for name in weight.sources)
+        theirs = dequantize_gemm(codes, zeros, scales, 4, forms.GROUP).T
+        assert torch.equal(opened.dense(weight.name).to(theirs.dtype), theirs)
