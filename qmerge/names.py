@@ -44,6 +44,8 @@ class NameMap:
     """Parameters that the checkpoint does not hold."""
     written: Mapping[str, str] = field(default_factory=dict)
     """Parameters that are written under another name than they are read: untied heads."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that are taken apart into single experts to the stored names of the whole."""
     twice: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Second names of tied parameters to the stored names of both, where both are stored."""
 

@@ -91,6 +91,7 @@ FILES = {
         "writing",
         "simulated",
         "padded",
+        "stacked",
     ),
     "adapters": (
         "kinds",

@@ -11,6 +11,8 @@ import torch
 from qmerge.errors import Fault, ModelError, PlanError
 from qmerge.formats import Format, open_format
 from qmerge.formats.padded import PaddedReader, Padding
+from qmerge.formats.stacked import Part, StackedReader
+from qmerge.model.experts import Fusion
 from qmerge.model.skeleton import (
     TIED,
     Skeleton,
@@ -20,7 +22,7 @@ from qmerge.model.skeleton import (
     rebuilt,
 )
 from qmerge.model.weights import Weights
-from qmerge.names import WEIGHT, NameMap
+from qmerge.names import WEIGHT, NameMap, join, module_of, under
 from qmerge.storage.checkpoint import Checkpoint
 
 BIAS = ".bias"
@@ -51,7 +53,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
     checkpoint = Checkpoint.open(folder, config_required=True)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
-    form = open_format(checkpoint)
+    form = _open(checkpoint, skeleton)
     pairs = map_names(skeleton, form.weights).twice.values()
     if any(_differ(form, *pair) for pair in pairs if not _is_left_out(form, pair[1])):
         skeleton = rebuilt(skeleton, {TIED: False})
@@ -84,7 +86,7 @@ def _differ(form: Format, one: str, other: str) -> bool:
 
 def open_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Weights:
     """The weights of a checkpoint for a skeleton that is already there."""
-    form = open_format(checkpoint)
+    form = _open(checkpoint, skeleton)
     return _matched(checkpoint, form, skeleton, map_names(skeleton, form.weights))
 
 
@@ -95,7 +97,7 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
     Where the zeros lie is seen in one weight of the base for each size that differs. ModelError
     for a wider base whose zeros do not account for the difference.
     """
-    form = open_format(checkpoint)
+    form = _open(checkpoint, skeleton)
     names = _with_tied(map_names(skeleton, form.weights), skeleton)
     wide = {
         stored: base.shape(parameter)
@@ -113,6 +115,40 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
     if kept:
         form = PaddedReader(checkpoint, form, wide, kept)
     return _matched(checkpoint, form, skeleton, names)
+
+
+def _open(checkpoint: Checkpoint, skeleton: Skeleton) -> Format:
+    """A checkpoint with the experts that it holds fused taken apart, where the skeleton's are."""
+    form = open_format(checkpoint)
+    fused = map_names(skeleton, form.weights).fused
+    parts: dict[str, Part] = {}
+    for fusion in skeleton.fusions:
+        source = fused.get(fusion.parameter)
+        if source is not None and not form.weights[source].quantized:
+            parts |= _parts(fusion, source, form.weights[source].shape)
+    return StackedReader(form, parts) if parts else form
+
+
+def _parts(fusion: Fusion, source: str, shape: tuple[int, ...]) -> dict[str, Part]:
+    """Where the parts of a fused tensor lie in it, by the names they would have beside it; none if
+    they are no rows of single experts.
+
+    Asked of the converter itself, by the numbers of the rows in place of their values.
+    """
+    if len(shape) != 3:
+        return {}
+    experts, rows, _ = shape
+    split = fusion.split(torch.arange(experts * rows).view(experts, rows, 1))
+    found = {}
+    for name, index_R1 in split.items():
+        first, count = int(index_R1[0, 0]), index_R1.shape[0]
+        if not torch.equal(index_R1.flatten(), torch.arange(first, first + count)):
+            return {}
+        expert, start = divmod(first, rows)
+        path, own = module_of(fusion.parameter), module_of(source)
+        single = join(own, under(name, path) or name)
+        found[single] = Part(source=source, expert=expert, start=start, stop=start + count)
+    return found
 
 
 def _is_wider(found: tuple[int, ...], narrow: tuple[int, ...]) -> bool:
@@ -155,6 +191,7 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton, names: Na
         if found != expected
     ]
     unknown = [name for name in names.unknown if not _adds_nothing(form, name)]
+    unknown += names.fused.values()
     where = str(checkpoint.path)
     complaints = (
         ("tensors that the model does not know", unknown, "the folder holds another model"),

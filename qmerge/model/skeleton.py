@@ -324,11 +324,13 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
         for entry in mapping
         if isinstance(entry, WeightConverter) and tuple(entry.source_patterns) not in apart
     ]
-    known = model.state_dict()
+    fusions = {fusion.parameter for fusion in skeleton.fusions}
+    known = {**model.state_dict(), **dict.fromkeys(fusions)}
     parameters = skeleton.parameters()
     aliases = skeleton.tied()
     found: dict[str, str] = {}
     second: dict[str, str] = {}
+    fused: dict[str, str] = {}
     unknown = []
     for name in stored:
         target, converted = rename_source_key(
@@ -340,6 +342,8 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             found[target] = name
         elif converted is None and target in aliases:
             second[target] = name
+        elif converted is None and target in fusions:
+            fused[target] = name
         elif not _is_ignored(model, name, target):
             unknown.append(name)
     owned = {aliases[alias]: name for alias, name in second.items() if aliases[alias] not in found}
@@ -349,6 +353,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
         unknown=tuple(unknown),
         missing=missing,
         written={name: name for name in owned},
+        fused=fused,
         twice={a: (found[aliases[a]], n) for a, n in second.items() if aliases[a] in found},
     )
 

@@ -92,7 +92,9 @@ class Weights:
         stored = self.format.weights[self.names.stored[parameter]]
         if stored.quantized:
             return None
-        return self._fitted(parameter, self.checkpoint.read(stored.sources[0]))
+        if stored.name in self.checkpoint.tensors:  # as it is mapped, without a copy
+            return self._fitted(parameter, self.checkpoint.read(stored.name))
+        return self.format.dense(stored.name, stored.dtype)
 
     def on_disk(self, parameter: str, value: torch.Tensor) -> torch.Tensor:
         """A dense parameter as a checkpoint of this model has it."""
@@ -118,14 +120,16 @@ class Weights:
 
     def stored_bytes(self, parameter: str) -> int:
         """Bytes that the parameter takes in this checkpoint, whatever form it has there."""
-        sources = self.format.weights[self.names.stored[parameter]].sources
-        return sum(self.checkpoint.tensors[name].nbytes for name in sources)
+        stored = self.format.weights[self.names.stored[parameter]]
+        if not stored.quantized:
+            return torch.Size(stored.shape).numel() * stored.dtype.itemsize
+        return sum(self.checkpoint.tensors[name].nbytes for name in stored.sources)
 
     def dense_dtype(self, parameter: str) -> torch.dtype:
         """The dtype a dense copy is written in: as stored, or the model's own if it is packed."""
         stored = self.format.weights[self.names.stored[parameter]]
         if not stored.quantized:
-            return self.checkpoint.tensors[stored.sources[0]].dtype
+            return stored.dtype
         return model_dtype(self.checkpoint.config)
 
     def dense_bytes(self, parameter: str) -> int:

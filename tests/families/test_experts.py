@@ -340,6 +340,26 @@ def write_nf4_experts(dense: Path, folder: Path, decoded: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe"], indirect=True)
+def test_experts_that_a_checkpoint_holds_fused_are_read_one_by_one(
+    family: tuple[Path, RunResult], eval_text: Path, tmp_path: Path
+) -> None:
+    """As transformers writes them where it is not asked for the names of older checkpoints."""
+    folder, _ = family
+    base, out = tmp_path / "base", tmp_path / "release"
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    model.save_pretrained(base, save_original_format=False)
+    for file in (folder / "base").glob("token*"):
+        (base / file.name).write_bytes(file.read_bytes())
+    fused = Checkpoint.open(base).tensors
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+    run(rig.recipe(base, folder / "adapter", out, eval_text))
+    expected, found = Checkpoint.open(folder / "release"), Checkpoint.open(out)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name in expected.tensors:
+        assert torch.equal(found.read(name), expected.read(name)), name
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe"], indirect=True)
 def test_quantized_experts_and_an_adapter_of_single_experts(
     family: tuple[Path, RunResult], old_adapter: Path, eval_text: Path, tmp_path: Path
 ) -> None:
