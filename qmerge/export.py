@@ -19,6 +19,7 @@ import torch
 
 from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
+from qmerge.formats.stacked import Stack
 from qmerge.job import Faults
 from qmerge.job import partial as partial_folder
 from qmerge.model.opening import open_model
@@ -153,22 +154,36 @@ def _write_unit(
     """The shard of one unit; what the adapter leaves alone is decoded some rows at a time."""
     weights, merged = source.weights, _merged(source, unit)
     stored = {weights.names.to_write(name): name for name in unit.parameters}
-    shapes = {
-        own: weights.on_disk(name, torch.empty(weights.shape(name), dtype=dtype, device="meta"))
-        for own, name in stored.items()
-    }
+    stacks = {own: s for own, s in weights.stacks.items() if s.experts[0][0] in stored}
+
+    def whole(own: str) -> torch.Tensor:
+        name = stored[own]
+        found = merged[name] if name in merged else weights.tensor(name)
+        return weights.on_disk(name, found).to(dtype)
 
     def pieces(own: str) -> Iterator[torch.Tensor]:
-        name = stored[own]
-        if name in merged:
-            yield weights.on_disk(name, merged[name]).to(dtype)
-        elif name in weights.turned:
-            yield weights.on_disk(name, weights.tensor(name)).to(dtype)
-        else:
-            yield from weights.pieces(name, dtype)
+        if own in stacks:
+            return stacks[own].pieces(whole)
+        if stored[own] in merged or stored[own] in weights.turned:
+            return iter([whole(own)])
+        return weights.pieces(stored[own], dtype)
 
     path = folder / f"model-{number:05}-of-{count:05}.safetensors"
-    return write_pieces(path, shapes, pieces)
+    return write_pieces(path, _shapes(weights, stored, stacks, dtype), pieces)
+
+
+def _shapes(
+    weights: Weights, stored: Mapping[str, str], stacks: Mapping[str, Stack], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What a unit is written as, on the meta device; experts that were fused are so again."""
+    inside = {name for stack in stacks.values() for names in stack.experts for name in names}
+    shapes = {own: weights.checkpoint.tensors[own].shape for own in stacks}
+    meta = {own: torch.empty(shape, dtype=dtype, device="meta") for own, shape in shapes.items()}
+    for own in stored.keys() - inside:
+        name = stored[own]
+        single = torch.empty(weights.shape(name), dtype=dtype, device="meta")
+        meta[own] = weights.on_disk(name, single)
+    return meta
 
 
 def _merged(source: _Source, unit: Unit) -> Mapping[str, torch.Tensor]:

@@ -9,7 +9,7 @@ E: experts, R: rows of one expert in a fused tensor, I: in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,45 +19,59 @@ from qmerge.formats.base import Format, IntegerWeight, StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """The rows of one expert in a dense tensor [E, R, I] that are a weight of its own."""
+class Stack:
+    """What a fused tensor [E, R, I], or [E, I, R] where it is `turned`, is made of."""
 
-    source: str
-    expert: int
-    start: int
-    stop: int
+    experts: tuple[tuple[str, ...], ...]
+    """Of each expert the names of its weights, one after the other along R."""
+    rows: tuple[int, ...]
+    """Of each such weight."""
+    turned: bool
+
+    def pieces(self, weight: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """The tensor of its weights [O, I], one expert after the other."""
+        for names in self.experts:
+            expert_RI = torch.cat([weight(name) for name in names])
+            yield (expert_RI.T.contiguous() if self.turned else expert_RI)[None]
 
 
 class StackedReader:
-    """A checkpoint seen through `parts`, by name, in place of the fused tensors they are of."""
+    """A checkpoint seen through the weights of single experts, in place of `stacks` of them."""
 
-    def __init__(self, inner: Format, parts: Mapping[str, Part]) -> None:
+    def __init__(self, inner: Format, stacks: Mapping[str, Stack]) -> None:
         self.name, self.summary = inner.name, inner.summary
-        self._inner, self._parts = inner, parts
-        fused = {part.source for part in parts.values()}
-        own = {name: weight for name, weight in inner.weights.items() if name not in fused}
-        self.weights: Mapping[str, StoredWeight] = own | {
-            name: StoredWeight(
-                name=name,
-                shape=(part.stop - part.start, inner.weights[part.source].shape[-1]),
-                dtype=inner.weights[part.source].dtype,
-                quantized=False,
-                sources=(part.source,),
-            )
-            for name, part in parts.items()
-        }
+        self.stacks = stacks
+        self._inner = inner
+        self._places: dict[str, tuple[str, int, int]] = {}
+        weights = {name: weight for name, weight in inner.weights.items() if name not in stacks}
+        for source, stack in stacks.items():
+            fused = inner.weights[source]
+            width = fused.shape[1 if stack.turned else 2]
+            for expert, names in enumerate(stack.experts):
+                for place, (name, rows) in enumerate(zip(names, stack.rows, strict=True)):
+                    self._places[name] = source, expert, sum(stack.rows[:place])
+                    weights[name] = StoredWeight(
+                        name=name,
+                        shape=(rows, width),
+                        dtype=fused.dtype,
+                        quantized=False,
+                        sources=(source,),
+                    )
+        self.weights: Mapping[str, StoredWeight] = weights
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        if name not in self._parts:
+        if name not in self._places:
             return self._inner.dense(name, dtype)
         return self.rows(name, 0, self.weights[name].shape[0], dtype)
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        part = self._parts.get(name)
-        if part is None:
+        if name not in self._places:
             return self._inner.rows(name, start, stop, dtype)
-        (expert_RI,) = self._inner.rows(part.source, part.expert, part.expert + 1, dtype)
-        return expert_RI[part.start + start : part.start + stop].clone()
+        source, expert, first = self._places[name]
+        found = self._inner.rows(source, expert, expert + 1, dtype)[0]
+        expert_RI = found.T if self.stacks[source].turned else found
+        part_OI = expert_RI[first + start : first + stop]
+        return part_OI.clone(memory_format=torch.contiguous_format)
 
     def integer(self, name: str) -> IntegerWeight | None:
-        return None if name in self._parts else self._inner.integer(name)
+        return None if name in self._places else self._inner.integer(name)

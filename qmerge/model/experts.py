@@ -32,6 +32,9 @@ CHOICE = "choice"
 """A module of a block that is called with the experts that tokens chose, before any is run."""
 HESSIAN_BYTES = 1 << 31
 """Second moments of what experts read that are gathered at one time."""
+NAMED_AFTER = "qwen2_moe"
+"""The model type whose names single experts get where transformers knows none of their own: those
+that servers and quantizers give them, too."""
 ENOUGH = 4
 """An expert is calibrated with its own tokens if they are at least its width divided by this."""
 
@@ -67,10 +70,14 @@ def find_fusions(model: Any) -> tuple[Fusion, ...]:
     Those are blocks without biases, all of whose parameters consist of two-dimensional weights of
     single experts. Others stay as they are, which leaves their experts dense.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        get_model_conversion_mapping,
+    )
     from transformers.core_model_loading import WeightConverter
 
     mapping = get_model_conversion_mapping(model, add_legacy=False)
+    mapping += get_checkpoint_conversion_mapping(NAMED_AFTER) or []
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: list[Fusion] = []
     for path, module in model.named_modules():
@@ -82,7 +89,7 @@ def find_fusions(model: Any) -> tuple[Fusion, ...]:
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether this is an experts module as transformers' kernels know it, plain enough to open."""
-    unlike = ("has_bias", "has_post_expert_norm")
+    unlike = ("has_bias", "has_post_expert_norm", "is_transposed")
     plain = all(getattr(module, name, True) is False for name in unlike)
     return plain and {OUTWARD, _inward(module)} == {name for name, _ in module.named_parameters()}
 

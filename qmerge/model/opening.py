@@ -11,7 +11,7 @@ import torch
 from qmerge.errors import Fault, ModelError, PlanError
 from qmerge.formats import Format, open_format
 from qmerge.formats.padded import PaddedReader, Padding
-from qmerge.formats.stacked import Part, StackedReader
+from qmerge.formats.stacked import Stack, StackedReader
 from qmerge.model.experts import Fusion
 from qmerge.model.skeleton import (
     TIED,
@@ -121,34 +121,39 @@ def _open(checkpoint: Checkpoint, skeleton: Skeleton) -> Format:
     """A checkpoint with the experts that it holds fused taken apart, where the skeleton's are."""
     form = open_format(checkpoint)
     fused = map_names(skeleton, form.weights).fused
-    parts: dict[str, Part] = {}
+    stacks: dict[str, Stack] = {}
     for fusion in skeleton.fusions:
         source = fused.get(fusion.parameter)
         if source is not None and not form.weights[source].quantized:
-            parts |= _parts(fusion, source, form.weights[source].shape)
-    return StackedReader(form, parts) if parts else form
+            stack = _stack(skeleton, fusion, source, form.weights[source].shape)
+            stacks |= {source: stack} if stack is not None else {}
+    return StackedReader(form, stacks) if stacks else form
 
 
-def _parts(fusion: Fusion, source: str, shape: tuple[int, ...]) -> dict[str, Part]:
-    """Where the parts of a fused tensor lie in it, by the names they would have beside it; none if
+def _stack(skeleton: Skeleton, fusion: Fusion, source: str, shape: tuple[int, ...]) -> Stack | None:
+    """What a fused tensor is made of, by the names that its parts would have beside it; None where
     they are no rows of single experts.
 
-    Asked of the converter itself, by the numbers of the rows in place of their values.
+    Asked of the converter itself, by the numbers of the rows in place of their values. As in
+    transformers, a tensor that is not of the parameter's shape may hold each expert transposed.
     """
-    if len(shape) != 3:
-        return {}
-    experts, rows, _ = shape
+    experts, rows, width = skeleton.fused.get_parameter(fusion.parameter).shape
+    turned = shape == (experts, width, rows) != (experts, rows, width)
+    if not turned and shape != (experts, rows, width):
+        return None
     split = fusion.split(torch.arange(experts * rows).view(experts, rows, 1))
-    found = {}
-    for name, index_R1 in split.items():
-        first, count = int(index_R1[0, 0]), index_R1.shape[0]
-        if not torch.equal(index_R1.flatten(), torch.arange(first, first + count)):
-            return {}
-        expert, start = divmod(first, rows)
-        path, own = module_of(fusion.parameter), module_of(source)
-        single = join(own, under(name, path) or name)
-        found[single] = Part(source=source, expert=expert, start=start, stop=start + count)
-    return found
+    names = sorted(split, key=lambda name: int(split[name][0, 0]))
+    order_R1 = torch.cat([split[name] for name in names])
+    if not torch.equal(order_R1.flatten(), torch.arange(experts * rows)):
+        return None
+    inside, beside = module_of(fusion.parameter), module_of(source)
+    stored = [join(beside, under(name, inside) or name) for name in names]
+    each = len(names) // experts
+    return Stack(
+        experts=tuple(tuple(stored[at : at + each]) for at in range(0, len(stored), each)),
+        rows=tuple(split[name].shape[0] for name in names[:each]),
+        turned=turned,
+    )
 
 
 def _is_wider(found: tuple[int, ...], narrow: tuple[int, ...]) -> bool:

@@ -342,7 +342,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             found[target] = name
         elif converted is None and target in aliases:
             second[target] = name
-        elif converted is None and target in fusions:
+        elif target in fusions:
             fused[target] = name
         elif not _is_ignored(model, name, target):
             unknown.append(name)

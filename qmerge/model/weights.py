@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qmerge.formats.base import Format, IntegerWeight
+from qmerge.formats.stacked import Stack, StackedReader
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.names import NameMap, Unit, under
 from qmerge.storage.checkpoint import Checkpoint
@@ -74,6 +75,11 @@ class Weights:
             return
         for start in range(0, shape[0], step):
             yield self.format.rows(name, start, min(start + step, shape[0]), dtype)
+
+    @property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The fused tensors that the checkpoint holds in place of single experts."""
+        return self.format.stacks if isinstance(self.format, StackedReader) else {}
 
     def row_count(self, parameter: str) -> int:
         if parameter in self.changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qmerge.export import export
+from qmerge.formats import open_format
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
@@ -357,6 +359,62 @@ def test_experts_that_a_checkpoint_holds_fused_are_read_one_by_one(
     assert found.tensors.keys() == expected.tensors.keys()
     for name in expected.tensors:
         assert torch.equal(found.read(name), expected.read(name)), name
+
+
+@pytest.mark.slow
+def test_experts_that_are_published_fused_and_transposed(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    """Qwen3-VL's: transformers knows no names of single ones, quantizers and servers do."""
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {**SIZES, **EXPERTS, "intermediate_size": 96, "head_dim": 16, "rope_parameters": rope}
+    eyes: dict[str, Any] = {"depth": 2, "num_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+    eyes |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**text, "moe_intermediate_size": 96}, vision_config=eyes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    base, adapter, out, merged = (tmp_path / n for n in ("base", "adapter", "release", "merged"))
+    rig.write_model(base, model, tokenizer)
+    prefix, published = "model.language_model.layers", load_file(base / "model.safetensors")
+    for name in published:
+        if ".experts." in name:
+            published[name] = published[name].transpose(1, 2).contiguous()
+    assert published[f"{prefix}.0.mlp.experts.gate_up_proj"].shape == (8, 64, 192)
+    save_file(published, base / "model.safetensors", metadata={"format": "pt"})
+    rig.write_adapter(adapter, model.float(), target_modules=["q_proj"], target_parameters=FUSED)
+    asked = rig.recipe(base, adapter, out, eval_text)
+    result = run(asked)
+    export(replace(asked, out=merged), dtype="float32")
+
+    trained = PeftModel.from_pretrained(rig.dense(base, AutoModelForImageTextToText), adapter)
+    expected = trained.merge_and_unload().state_dict()
+    for name, tensor in rig.dense(merged, AutoModelForImageTextToText).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+    release = open_format(Checkpoint.open(out))
+    tensors = {name: release.dense(name) for name in release.weights}
+    for layer in range(2):
+        path = f"{prefix}.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{path}.{n}.{name}.weight").T for n in range(8)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        tensors[f"{path}.gate_up_proj"] = torch.cat([gate, up], dim=2)
+        tensors[f"{path}.down_proj"] = down.contiguous()
+    shutil.copytree(base, tmp_path / "decoded")
+    save_file(tensors, tmp_path / "decoded" / "model.safetensors")
+    rig.check_arms(
+        result,
+        rig.dense(base, AutoModelForImageTextToText),
+        adapter,
+        rig.dense(tmp_path / "decoded", AutoModelForImageTextToText),
+        rig.windows(base, eval_text),
+    )
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe"], indirect=True)
