@@ -67,6 +67,8 @@ class Settings:
 def read_settings(checkpoint: Checkpoint) -> Settings:
     """The settings in config.json, else those in a file beside it.
 
+    What config.json leaves out, and a file beside it says of the same method, counts too: who
+    wrote the checkpoint, or what holds for some layers only.
     A side file alone counts only where the checkpoint holds packed tensors: transformers does not
     read it, and one left behind in a dense model must not turn it into a quantized one.
     """
@@ -75,7 +77,7 @@ def read_settings(checkpoint: Checkpoint) -> Settings:
     if own is not None:
         if side is not None:
             _refuse_conflict(own, side, side_name)
-        return _settings(own, "config.json")
+        return _settings(_filled(own, side or {}), "config.json")
     packed = any(name.endswith((".qweight", ".weight_packed")) for name in checkpoint.tensors)
     if side is not None and packed:
         return _settings(side, side_name)
@@ -135,6 +137,15 @@ def _guess_method(values: Mapping[str, Any]) -> str | None:
     if "zero_point" in values and "bits" in values:
         return "awq"
     return "gptq" if "bits" in values else None
+
+
+def _filled(own: dict[str, Any], side: Mapping[str, Any]) -> dict[str, Any]:
+    methods = {
+        str(each["quant_method"]).lower() for each in (own, side) if each.get("quant_method")
+    }
+    if len(methods) > 1:
+        return own
+    return {**side, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _refuse_conflict(own: Mapping[str, Any], side: Mapping[str, Any], side_name: str) -> None:

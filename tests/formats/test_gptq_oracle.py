@@ -296,6 +296,7 @@ BASES: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2, "sym": False},
     "3 bits": {"bits": 3, "sym": False},
     "8 bits": {"bits": 8, "sym": False},
+    "quantized head": {"lm_head": True},
     "dynamic": {
         "dynamic": {"-:.*k_proj": {}, r"+:.*\.1\..*down_proj": {"bits": 8, "group_size": 64}}
     },
@@ -318,8 +319,13 @@ def test_a_base_quantized_by_gptqmodel(
 
     monkeypatch.setattr(oracle.linear, "optimize", lambda *_, **__: None)
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
-    checkpoints.write_gptq(tiny_original, tmp_path / "base", **BASES[base])
+    original = tiny_original
+    if base == "quantized head":  # gptqmodel quantizes none that is tied
+        original = tmp_path / "untied"
+        checkpoints.write_original(original, tie_word_embeddings=False)
+    checkpoints.write_gptq(original, tmp_path / "base", **BASES[base])
     loaded = GPTQModel.load(
         str(tmp_path / "base"), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
     )
-    assert same_weights(loaded.model, tmp_path / "base") == (18 if base == "dynamic" else 21)
+    packed = {"dynamic": 18, "quantized head": 22}.get(base, 21)
+    assert same_weights(loaded.model, tmp_path / "base") == packed

@@ -59,6 +59,22 @@ def test_two_files_that_disagree_are_refused(tmp_path: Path, key: str) -> None:
         read_settings(save_gptq(tmp_path, own, quantize_config=side))
 
 
+def test_a_file_beside_it_fills_what_the_configuration_leaves_out(tmp_path: Path) -> None:
+    """gptqmodel reads that file first: who stored the zero points of version 1 stands there."""
+    own = {"quant_method": "gptq", "bits": 4, "group_size": 32, "meta": None}
+    side = own | {"meta": {"quantizer": ["gptqmodel:7.6.0"]}, "dynamic": {"-:.*k_proj": {}}}
+    found = read_settings(tiny.save(tmp_path, {}, own, quantize_config=side))
+    assert found.file == "config.json"
+    assert found.quantizer == "gptqmodel:7.6.0"
+    assert found.values["dynamic"] == side["dynamic"]
+    said = own | {"dynamic": {"-:.*q_proj": {}}}
+    found = read_settings(tiny.save(tmp_path, {}, said, quantize_config=side))
+    assert found.values["dynamic"] == said["dynamic"]
+    other = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    found = read_settings(tiny.save(tmp_path, {}, other, quantize_config=side))
+    assert "dynamic" not in found.values
+
+
 def test_todays_spelling_counts_where_both_are_there(tmp_path: Path) -> None:
     found = read_settings(save_gptq(tmp_path, GPTQ | {"w_bit": 8}))
     assert found.integer("bits") == 4
