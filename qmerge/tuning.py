@@ -27,7 +27,7 @@ from qmerge.model.changed import on_opened
 from qmerge.model.reshape import Shape, reshape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
-from qmerge.names import matches
+from qmerge.names import matches, under
 from qmerge.recipe import Recipe
 from qmerge.storage.headers import TensorInfo
 from qmerge.texts import ROWS_HINT
@@ -100,7 +100,7 @@ def open_tuning(
         return None
     if change.unties:
         shape = reshape(skeleton, untied=True, vocabulary=vocabulary_of(shape.skeleton))
-    faults.found += _homeless(shape, change)
+    faults.found += [*_homeless(shape, change), *_around_layers(shape, change)]
     faults.found += _unknown_rows(skeleton, shape, change)
     faults.found += _turned_whole(skeleton, links)
     if base is not None:
@@ -213,6 +213,20 @@ def _homeless(shape: Shape, change: Change) -> list[Fault]:
     return [
         Fault(where="--adapter", message=f"changes {name}, which the model does not have")
         for name in sorted(change.touched - known)
+    ]
+
+
+def _around_layers(shape: Shape, change: Change) -> list[Fault]:
+    """Modules that hold decoder layers and were trained as one."""
+    layer = shape.skeleton.layer_path(0)
+    return [
+        Fault(
+            where="--adapter",
+            message=f"replaces {path} as a whole, with the decoder layers in it",
+            hint="that is a model and no adapter: merge it with PEFT, and quantize the result",
+        )
+        for path in change.adapted
+        if under(layer, path) is not None and path != layer
     ]
 
 

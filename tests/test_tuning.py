@@ -180,6 +180,15 @@ def test_values_that_are_the_bases_own_are_a_change_of_nothing(
     good(asked)
 
 
+def test_a_whole_model_inside_an_adapter(asked: Recipe) -> None:
+    shutil.rmtree(folder(asked))
+    base = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)
+    options = LoraConfig(target_modules=["lm_head"], modules_to_save=["model"])
+    get_peft_model(base, options).save_pretrained(folder(asked))
+    edit(asked, lambda t: [tensor.add_(1) for tensor in t.values()])
+    assert "replaces model as a whole, with the decoder layers" in str(make_plan(asked).faults)
+
+
 def test_a_weight_that_is_no_number(asked: Recipe) -> None:
     found = fault(replace(asked, adapter=(f"{folder(asked)}@nan",)))
     assert "no number to weigh by" in found.message

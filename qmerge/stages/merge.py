@@ -57,6 +57,7 @@ def merge_outer(
         change.fill(live, own)
         merged = change.merge(live)
         changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
+    assert changed.keys() >= set(touched), "a change that nobody merged"
     return changed
 
 
