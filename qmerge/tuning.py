@@ -200,7 +200,8 @@ class _Selection:
             Fault(
                 where=option,
                 message=f"{pattern!r} fits no module that the adapters change",
-                hint="`qmerge inspect ADAPTER` lists what it targets; patterns fit whole names",
+                hint="`qmerge inspect ADAPTER` lists what it targets; patterns fit whole names, so"
+                " that a layer is as '*.layers.1.*'",
             )
             for option, pattern in given
             if pattern not in self.used

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ LOST_OPTIONS = (
 )
 """LoRA options whose trained values PEFT's combination would leave behind."""
 COMBINED = "combined"
+STABILIZED = (
+    "the combination keeps the scale that each rank-stabilized adapter was trained with; PEFT's own"
+    " multiplies it by the root of the rank once more"
+)
 PROGRESSIVE_HINT = "leave out --combine to merge them one after the other"
 
 
@@ -189,9 +193,16 @@ def _taken_out(
             for name, t in held.items()
         },
         refusal=None,
-        notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
+        notes=tuple(dict.fromkeys(_notes(adapters))),
         held=held,
     )
+
+
+def _notes(adapters: Sequence[Adapter]) -> Iterator[str]:
+    for adapter in adapters:
+        yield from adapter.notes
+        if adapter.config.get("use_rslora"):
+            yield STABILIZED
 
 
 def _paths(adapters: Sequence[Adapter]) -> str:

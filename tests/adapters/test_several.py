@@ -146,6 +146,7 @@ def test_combined_rank_stabilized_keep_their_scale(tmp_path: Path) -> None:
     base = tiny.model()
     folders = [lora(tmp_path / "a", 1, use_rslora=True), lora(tmp_path / "b", 2, use_rslora=True)]
     made = combine(tiny.skeleton(), [open_adapter(f) for f in folders], [1.0, 0.5], "cat")
+    assert [note for note in made.notes if "rank-stabilized" in note] == list(made.notes)
     got = tiny.merged(inject(tiny.skeleton(), made), base)
     one, half = tiny.reference(base, folders[0]), weighed(base, folders[1], 0.5)
     for name, start in base.state_dict().items():
