@@ -207,6 +207,21 @@ def test_merge_of_what_a_vision_language_model_trained(tmp_path: Path) -> None:
     assert torch.equal(found.state_dict()[merger], inner.state_dict()[merger])
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_merge_of_transposed_linears_equals_peft(dora: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel
+
+    base = tiny.model("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    targets = ["c_attn", "c_proj", "c_fc"]
+    options = LoraConfig(target_modules=targets, fan_in_fan_out=True, use_dora=dora)
+    tiny.train(base, options, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--dtype", "float32")
+    trained = PeftModel.from_pretrained(dense_model(tmp_path / "base"), tmp_path / "adapter")
+    want = trained.merge_and_unload().state_dict()
+    assert tiny.differing(dense_model(tmp_path / "out").state_dict(), want) == set()
+
+
 @pytest.mark.parametrize("whole", ["merger", "mlp"])
 def test_merge_of_modules_that_were_trained_whole_with_all_inside(
     whole: str, tmp_path: Path

@@ -31,7 +31,7 @@ def live_layer(
         fill(layer, weights)
         return layer
     layer = change.live(unit.path)
-    change.fill(layer, weights)
+    change.fill(layer, _as_kept(skeleton, unit, weights))
     return layer.requires_grad_(False).eval()
 
 
@@ -39,7 +39,18 @@ def merge_layer(change: Change | None, live: nn.Module) -> dict[str, torch.Tenso
     """PEFT's own merge of a live layer, which is consumed: float32, relative names."""
     if change is None:
         return dict(live.state_dict())
-    return change.merge(live)
+    return {name: tensor.contiguous() for name, tensor in change.merge(live).items()}
+
+
+def _as_kept(
+    skeleton: Skeleton, unit: Unit, weights: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Transposed weights in the order of memory that transformers keeps them in, so that PEFT's
+    sums over them come out equal to the last bit."""
+    if not skeleton.turned:
+        return weights
+    turned = {name for name in weights if join(unit.path, name) in skeleton.turned}
+    return {n: t.T.contiguous().T if n in turned else t for n, t in weights.items()}
 
 
 def merge_outer(
