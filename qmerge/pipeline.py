@@ -203,7 +203,7 @@ def _compared(job: Job, progress: Progress, *, resumed: bool) -> Job:
     linears = {name for name in targets if base.is_quantized(name)} or targets
     units = job.skeleton.units()
     progress.stage("compare with the original", sum(len(unit.parameters) for unit in units))
-    found = likeness(base, original, units, linears if strict else (), progress.step)
+    found = likeness(base, original, units, linears, progress.step, alone=not strict)
     message = unlike(found)
     if message is None:
         return job

@@ -59,12 +59,10 @@ def write_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def write_original(folder: Path, **options: Any) -> None:
-    """bf16, in shards, trained for a few seconds so that its weights are no noise; `options` go
-    into its configuration."""
+def qwen3(**options: Any) -> Any:
+    """The small model untrained, in float32; `options` go into its configuration."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = write_tokenizer(folder)
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -75,12 +73,22 @@ def write_original(folder: Path, **options: Any) -> None:
         "head_dim": 16,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
     }
-    config = Qwen3Config(**{**shape, **options})
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **options}))
+
+
+def write_untrained(folder: Path, **options: Any) -> None:
+    """bf16 noise, without a tokenizer."""
+    qwen3(**options).to(torch.bfloat16).save_pretrained(folder)
+
+
+def write_original(folder: Path, **options: Any) -> None:
+    """bf16, in shards, trained for a few seconds so that its weights are no noise; `options` go
+    into its configuration."""
+    tokenizer = write_tokenizer(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = qwen3(**ends, **options)
     _train(model, tokenizer, texts()[0], steps=STEPS)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="120KB")
 

@@ -114,7 +114,7 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
                 kept[pair] = _kept(base, parameter, dim, pair)
     if kept:
         form = PaddedReader(checkpoint, form, wide, kept)
-    return _matched(checkpoint, form, skeleton, names)
+    return _matched(checkpoint, form, skeleton, names, sibling="base")
 
 
 def _open(checkpoint: Checkpoint, skeleton: Skeleton) -> Format:
@@ -182,8 +182,18 @@ def _kept(base: Weights, parameter: str, dim: int, pair: Padding) -> torch.Tenso
     return kept
 
 
-def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton, names: NameMap) -> Weights:
-    """Weights whose names and shapes are the skeleton's; PlanError with all that does not match."""
+def _matched(
+    checkpoint: Checkpoint,
+    form: Format,
+    skeleton: Skeleton,
+    names: NameMap,
+    *,
+    sibling: str | None = None,
+) -> Weights:
+    """Weights whose names and shapes are the skeleton's; PlanError with all that does not match.
+
+    The skeleton is that of the checkpoint's own configuration, or of its `sibling`'s.
+    """
     weights = Weights(format=form, names=names, checkpoint=checkpoint, turned=skeleton.turned)
     shapes = {
         stored: (weights.shape(parameter), tuple(tensor.shape))
@@ -191,20 +201,21 @@ def _matched(checkpoint: Checkpoint, form: Format, skeleton: Skeleton, names: Na
         if (stored := names.stored.get(parameter)) is not None
     }
     wrong = [
-        f"{name} is {list(found)}, the configuration says {list(expected)}"
+        f"{name} is {list(found)}, the {sibling or 'configuration'} says {list(expected)}"
         for name, (found, expected) in shapes.items()
         if found != expected
     ]
     unknown = [name for name in names.unknown if not _adds_nothing(form, name)]
     unknown += names.fused.values()
     where = str(checkpoint.path)
+    other = f"give the very model that the {sibling} was made of" if sibling else None
     complaints = (
         ("tensors that the model does not know", unknown, "the folder holds another model"),
         ("no tensor for", names.missing, "copy the missing files of the checkpoint again"),
         ("shapes differ:", wrong, "config.json and the weights are not of the same model"),
     )
     faults = [
-        Fault(where=where, message=f"{what} {listed(items)}", hint=hint)
+        Fault(where=where, message=f"{what} {listed(items)}", hint=other or hint)
         for what, items, hint in complaints
         if items
     ]

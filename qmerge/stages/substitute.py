@@ -68,12 +68,17 @@ def likeness(
     units: Iterable[Unit],
     linears: Collection[str],
     tick: Callable[[str], None],
+    *,
+    alone: bool = False,
 ) -> Iterator[Likeness]:
-    """The relative error of each of these `linears`, and of what is not quantized in `units`."""
+    """The relative error of each of these `linears`, and of what is not quantized in `units`; or,
+    which costs less, of the latter `alone`."""
     for unit in units:
         for name in unit.parameters:
             dims = len(base.shape(name))
-            if name not in linears and (base.is_quantized(name) or dims not in (1, 2)):
+            quantized = name in linears
+            left_out = alone if quantized else base.is_quantized(name) or dims not in (1, 2)
+            if left_out:
                 continue
             tick(name)
             inside = unit.kind == "layer"
@@ -81,7 +86,7 @@ def likeness(
                 name=name,
                 error=_error(base, original, name),
                 # A linear of a base without codes was decoded from some, or is the original's.
-                bits=(base.bits(name) or UNKNOWN_BITS) if name in linears else None,
+                bits=(base.bits(name) or UNKNOWN_BITS) if quantized else None,
                 norm=inside and dims == 1,
                 outer=not inside,
             )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge.errors import ModelError
+from qmerge.errors import ModelError, PlanError
 from qmerge.formats import open_format
 from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original
@@ -44,11 +44,11 @@ def scaled(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def compared(base: Path, original: Path) -> str | None:
+def compared(base: Path, original: Path, *, alone: bool = False) -> str | None:
     skeleton, weights = open_model(base)
     found = open_original(Checkpoint.open(original), skeleton, weights)
     linears = {f"{name}.weight" for name in skeleton.linears()}
-    return unlike(likeness(weights, found, skeleton.units(), linears, lambda _: None))
+    return unlike(likeness(weights, found, skeleton.units(), linears, lambda _: None, alone=alone))
 
 
 def test_each_linear_by_its_own_bits(tiny_original: Path, tmp_path: Path) -> None:
@@ -93,6 +93,24 @@ def test_a_dense_base_is_compared_too(tiny_original: Path, tiny_nf4: Path, tmp_p
         tiny_original, tmp_path / "other", lambda name, t: -t if "q_proj" in name else t
     )
     assert "q_proj.weight 2, where" in str(compared(tmp_path / "decoded", other))
+    # What is only measured against is judged by what no quantizer touches.
+    assert compared(tmp_path / "decoded", other, alone=True) is None
+    again = changed(other, tmp_path / "again", lambda name, t: 2 * t if "norm" in name else t)
+    assert "norm" in str(compared(tmp_path / "decoded", again, alone=True))
+
+
+def test_a_model_of_other_shapes_is_told_of_beside_the_base(tiny_nf4: Path, tmp_path: Path) -> None:
+    skeleton, base = open_model(tiny_nf4)
+    for name, options, said in (
+        ("vocabulary", {"vocab_size": 600}, "[600, 64], the base says [512, 64]"),
+        ("shallow", {"num_hidden_layers": 2}, "no tensor for model.layers.2"),
+    ):
+        checkpoints.write_untrained(tmp_path / name, **options)
+        with pytest.raises(PlanError) as caught:
+            open_original(Checkpoint.open(tmp_path / name), skeleton, base)
+        (fault,) = caught.value.faults
+        assert said in fault.message
+        assert fault.hint == "give the very model that the base was made of"
 
 
 def asked(
