@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from qmerge.recipe import Recipe
 from tests import checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once
@@ -79,3 +81,24 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("needs the checkpoints that QMERGE_SHARED names")
     return folder
+
+
+@pytest.fixture
+def asked(
+    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
+) -> Recipe:
+    """A recipe on copies, for a test to damage."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_original, base)
+    shutil.copytree(tiny_adapter, adapter)
+    return Recipe(
+        base=base,
+        adapter=(str(adapter),),
+        out=tmp_path / "out",
+        calibration=str(calibration_text),
+        calibration_samples=4,
+        eval=(str(eval_text),),
+        eval_windows=2,
+        sequence_length=64,
+        group_size=32,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,27 +21,6 @@ from qmerge.job import partial
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
-
-
-@pytest.fixture
-def asked(
-    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
-) -> Recipe:
-    """A recipe on copies, for a test to damage."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    shutil.copytree(tiny_original, base)
-    shutil.copytree(tiny_adapter, adapter)
-    return Recipe(
-        base=base,
-        adapter=(str(adapter),),
-        out=tmp_path / "out",
-        calibration=str(calibration_text),
-        calibration_samples=4,
-        eval=(str(eval_text),),
-        eval_windows=2,
-        sequence_length=64,
-        group_size=32,
-    )
 
 
 def other_shapes(recipe: Recipe) -> Recipe:

@@ -25,26 +25,6 @@ ROOT = "base_model.model."
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture
-def asked(
-    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
-) -> Recipe:
-    """A recipe with a copy of the adapter, for a test to damage."""
-    adapter = tmp_path / "run" / "adapter"
-    shutil.copytree(tiny_adapter, adapter)
-    return Recipe(
-        base=tiny_original,
-        adapter=(str(adapter),),
-        out=tmp_path / "out",
-        calibration=str(calibration_text),
-        calibration_samples=4,
-        eval=(str(eval_text),),
-        eval_windows=2,
-        sequence_length=64,
-        group_size=32,
-    )
-
-
 def folder(asked: Recipe) -> Path:
     return Path(asked.adapter[0])
 

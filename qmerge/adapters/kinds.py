@@ -97,13 +97,6 @@ PLACES_OPTION = (
 """Where this is false the places of what is sparse are looked up in the base."""
 
 
-def registry_kinds() -> dict[str, str | None]:
-    """Every kind of the installed PEFT, with the reason for refusing it or None."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    return {kind.value: kind_refusal(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-
-
 def kind_refusal(kind: str) -> str | None:
     """Why adapters of this kind cannot be merged, or None. `kind` is PEFT's `peft_type`."""
     from peft import PromptLearningConfig
