@@ -37,7 +37,7 @@ def open_format(checkpoint: Checkpoint) -> Format:
     for reader in READERS:
         if settings.method in reader.methods:
             return reader.open(checkpoint, settings)
-    known = sorted(method for reader in READERS for method in reader.methods if method != "none")
+    known = sorted(reader.methods[0] for reader in READERS if reader is not DenseReader)
     raise CheckpointError(
         f"{checkpoint.path}: quantized with {settings.method!r}, which qmerge does not read",
         hint=f"it reads {', '.join(known)} and models that are not quantized",
