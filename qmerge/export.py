@@ -221,9 +221,14 @@ def _staged(out: Path) -> Iterator[Path]:
     folder = partial_folder(out)
     try:
         folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{folder} is there: a run that was killed left it, or another one is at work",
+            hint="remove it where no other is; this command begins anew",
+        ) from error
     except OSError as error:
         raise StorageError(
-            f"{folder}: {error.strerror}", hint="remove it if no other process is at work there"
+            f"{folder}: {error.strerror}", hint="give a place that can be written to"
         ) from error
     try:
         yield folder

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +276,27 @@ def test_nothing_is_left_of_an_export_that_fails(
     with pytest.raises(OSError, match="disk"):
         export(Recipe(base=tiny_nf4, out=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_one_left_is_told_and_kept(tiny_nf4: Path, tmp_path: Path) -> None:
+    asked = ["dequantize", str(tiny_nf4), str(tmp_path / "out")]
+    script = "import os\nfrom qmerge import export\nfrom qmerge.cli import main\n"
+    script += "export.write_index = lambda *_: os.kill(os.getpid(), 9)\nmain()"
+    killed = subprocess.run(
+        [sys.executable, "-c", script, *asked], capture_output=True, check=False
+    )
+    assert killed.returncode == -9
+    left = tmp_path / "out.partial"
+    assert [folder.name for folder in tmp_path.iterdir()] == [left.name]
+    kept = sorted(left.iterdir())
+    assert kept
+    with pytest.raises(InputError, match="a run that was killed left it") as caught:
+        export(Recipe(base=tiny_nf4, out=tmp_path / "out"))
+    assert "remove it" in str(caught.value.hint)
+    assert sorted(left.iterdir()) == kept
+    shutil.rmtree(left)
+    export(Recipe(base=tiny_nf4, out=tmp_path / "out"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_existing_folder_is_not_written_to(tiny_nf4: Path, tmp_path: Path) -> None:
