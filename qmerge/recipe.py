@@ -234,7 +234,8 @@ class Recipe(Scoring):
         None,
         FILE,
         "Models",
-        "A file of whole parameters that training saved, alone or on top of an adapter.",
+        "A file of whole parameters that training saved, alone or beside an adapter, which is"
+        " merged on them.",
         unset="none",
     )
     allow_noop: bool = option(

@@ -78,19 +78,21 @@ def open_tuning(
     if skeleton is not None and state is not None and len(adapters) == len(asked):
         with faults.at("--adapter"):
             shape = _grown(skeleton, adapters, state)
-            selection = _Selection(recipe)
-            links += _links(recipe, shape, adapters, selection, base)
-            faults.found += selection.faults()
     if shape is not None and recipe.partial_state is not None:
         with faults.at("--partial-state"):
             made = overlay(
-                _after(links, shape.skeleton).fused,
+                shape.skeleton.fused,
                 recipe.partial_state,
                 adapters=adapters,
                 allow_noop=recipe.allow_noop,
                 base=_rows(shape, base, links),
             )
             links.append(made)
+    if shape is not None:
+        with faults.at("--adapter"):
+            selection = _Selection(recipe)
+            _link(links, recipe, shape, adapters, selection, base)
+            faults.found += selection.faults()
     faults.found += _left_beside(recipe, adapters)
     if skeleton is None or shape is None or not links:
         return None
@@ -129,23 +131,26 @@ def _grown(
     )
 
 
-def _links(
+def _link(
+    links: list[Change],
     recipe: Recipe,
     shape: Shape,
     adapters: Sequence[Adapter],
     selection: _Selection,
     base: Weights | None,
-) -> list[Change]:
-    """One change for each adapter in its order, or one for all of them combined."""
+) -> None:
+    """Add one change for each adapter in its order, or one for all of them combined.
+
+    They go on what a partial state has replaced: training ran the adapter on top of that.
+    """
     skeleton = shape.skeleton
     weights = [each.weight for each in recipe.adapters()]
     if recipe.combine is not None and adapters:
         combined = combine(
-            skeleton.fused, adapters, weights, recipe.combine,
+            _after(links, skeleton).fused, adapters, weights, recipe.combine,
             density=recipe.density, seed=recipe.seed, allow_noop=recipe.allow_noop,
         )  # fmt: skip
         adapters, weights = [combined], [1.0]
-    links: list[Change] = []
     for adapter, weight in zip(adapters, weights, strict=True):
         made = inject(
             _after(links, skeleton).fused,
@@ -156,7 +161,6 @@ def _links(
             base=_rows(shape, base, links),
         )
         links.append(made)
-    return links
 
 
 def _rows(shape: Shape, base: Weights | None, links: Sequence[Change]) -> Rows:

@@ -172,6 +172,24 @@ def test_merge_of_one_on_the_other_in_part_and_over_a_partial_state(
     same_logits(tmp_path / "out", live)
 
 
+def test_an_adapter_goes_on_top_of_what_a_partial_state_replaced(
+    tiny_original: Path, adapters: tuple[str, str], tmp_path: Path
+) -> None:
+    """The weight under a LoRA was trained too, and so was its embedding."""
+    from peft import PeftModel
+
+    live = PeftModel.from_pretrained(dense_model(tiny_original), adapters[0]).eval()
+    names = ("q_proj.base_layer.weight", "embed_tokens.weight")
+    state = {n: p for n, p in live.named_parameters() if n.endswith(names)}
+    for parameter in state.values():
+        parameter.data += torch.randn_like(parameter) * 0.02
+    torch.save(state, tmp_path / "state.pt")
+    out = tmp_path / "out"
+    given = ("--partial-state", tmp_path / "state.pt", "--dtype", "float32")
+    merge(tiny_original, adapters[0], out, *given)
+    same_logits(out, live)
+
+
 def test_merge_of_what_a_vision_language_model_trained(tmp_path: Path) -> None:
     """A LoRA on the language model and a partial state of merger and norm, by their older names."""
     from peft import LoraConfig, PeftModel, get_peft_model
