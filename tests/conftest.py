@@ -88,7 +88,7 @@ def asked(
     tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
 ) -> Recipe:
     """A recipe on copies, for a test to damage."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base, adapter = tmp_path / "base", tmp_path / "run" / "adapter"
     shutil.copytree(tiny_original, base)
     shutil.copytree(tiny_adapter, adapter)
     return Recipe(
