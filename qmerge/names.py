@@ -40,6 +40,8 @@ class NameMap:
     """Parameter to stored name."""
     unknown: tuple[str, ...] = ()
     """Stored names that the model has no parameter for."""
+    ignored: tuple[str, ...] = ()
+    """Stored names that transformers leaves out when it loads such a model."""
     missing: tuple[str, ...] = ()
     """Parameters that the checkpoint does not hold."""
     written: Mapping[str, str] = field(default_factory=dict)

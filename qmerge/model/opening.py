@@ -36,6 +36,9 @@ PACKED_HEAD = (
     "the configuration ties the head to the embedding, and the checkpoint holds a packed head: as"
     " in transformers the embedding is taken for both"
 )
+IGNORED = (
+    "not read, and not in what is written, because transformers loads them for no such model: {}"
+)
 LEAVES_PACKED_HEADS = ("gptq", "awq")
 """Methods whose packed head transformers leaves out where the configuration ties it; gptqmodel 7.6
 writes none, and opens none."""
@@ -62,11 +65,15 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
 
 
 def told(skeleton: Skeleton, weights: Weights) -> tuple[str, ...]:
-    """What is otherwise in a model, as it was opened, than its folder's configuration says."""
-    if TIED in skeleton.restated:
-        return (OWN_HEAD,)
+    """What is otherwise in a model, as it was opened, than its folder says."""
+    ignored = weights.names.ignored
+    notes = [IGNORED.format(listed(ignored))] if ignored else []
     left = [_is_left_out(weights.format, second) for _, second in weights.names.twice.values()]
-    return (PACKED_HEAD,) if any(left) else ()
+    if TIED in skeleton.restated:
+        notes.append(OWN_HEAD)
+    elif any(left):
+        notes.append(PACKED_HEAD)
+    return tuple(notes)
 
 
 def _is_left_out(form: Format, head: str) -> bool:

@@ -23,6 +23,8 @@ from qmerge.model.experts import Fusion, find_fusions, open_experts
 from qmerge.names import WEIGHT, NameMap, Unit, common_unit, module_of, under
 
 TIED = "tie_word_embeddings"
+OLD_CACHE = re.compile(r"rotary_emb\.inv_freq$")
+"""What older models stored and every model computes."""
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
 
@@ -331,7 +333,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
     found: dict[str, str] = {}
     second: dict[str, str] = {}
     fused: dict[str, str] = {}
-    unknown = []
+    unknown, ignored = [], []
     for name in stored:
         target, converted = rename_source_key(
             name, renamings, converters, model.base_model_prefix, known
@@ -344,13 +346,16 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             second[target] = name
         elif target in fusions:
             fused[target] = name
-        elif not _is_ignored(model, name, target):
+        elif _is_ignored(model, name, target):
+            ignored.append(name)
+        elif not OLD_CACHE.search(name):
             unknown.append(name)
     owned = {aliases[alias]: name for alias, name in second.items() if aliases[alias] not in found}
     missing = tuple(name for name in parameters if name not in found | owned)
     return NameMap(
         stored=found | owned,
         unknown=tuple(unknown),
+        ignored=tuple(ignored),
         missing=missing,
         written={name: name for name in owned},
         fused=fused,
@@ -359,8 +364,8 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
 
 
 def _is_ignored(model: Any, *names: str) -> bool:
-    """Whether transformers drops this tensor when it loads the model (old rotary caches, say)."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    """Whether transformers leaves this tensor out of the model (layers that only draft, say)."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
     return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 

@@ -56,6 +56,24 @@ def test_biases_that_add_something_are_no_part_of_the_model(packed: Path, tmp_pa
         open_model(with_biases(packed, tmp_path / "base", 0.5))
 
 
+def test_what_transformers_leaves_out_is_told(tmp_path: Path) -> None:
+    """Layers that only draft, as Qwen3-Next is published with; old rotary caches go unsaid."""
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = Qwen3NextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, vocab_size=64, num_experts=0,
+        layer_types=["full_attention"], **linear,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = {name: torch.ones(4) for name in ("mtp.fc.weight", "model.rotary_emb.inv_freq")}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    (note,) = told(*open_model(tmp_path))
+    assert note.endswith("no such model: mtp.fc.weight")
+
+
 # --- a packed head, beside a configuration that ties it -----------------------------------------
 
 
