@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,8 +168,24 @@ def _write_unit(
             return iter([whole(own)])
         return weights.pieces(stored[own], dtype)
 
+    def held(own: str) -> Iterator[torch.Tensor]:
+        # Codes times steps of 16 bits do not come near; looking at them all would cost time.
+        packed = own in stored and weights.is_quantized(stored[own])
+        return pieces(own) if packed or dtype != torch.float16 else _held(own, pieces(own))
+
     path = folder / f"model-{number:05}-of-{count:05}.safetensors"
-    return write_pieces(path, _shapes(weights, stored, stacks, dtype), pieces)
+    return write_pieces(path, _shapes(weights, stored, stacks, dtype), held)
+
+
+def _held(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The pieces of a tensor in float16; InputError where a value was beyond it."""
+    for piece in pieces:
+        if piece.numel() and any(bool(end.isinf()) for end in piece.aminmax()):
+            raise InputError(
+                f"{name}: holds values beyond 65504, which float16 cannot",
+                hint="use --dtype bfloat16 or float32",
+            )
+        yield piece
 
 
 def _shapes(

@@ -296,6 +296,22 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_value_that_float16_cannot_hold(tiny_original: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_original, base)
+    for file in base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"][3] = -1e5
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight: holds values beyond 65504"):
+        export(Recipe(base=base, out=tmp_path / "out"), dtype="float16")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["base"]
+    export(Recipe(base=base, out=tmp_path / "out"), dtype="bfloat16")
+
+
 def test_what_a_killed_one_left_is_told_and_kept(tiny_nf4: Path, tmp_path: Path) -> None:
     asked = ["dequantize", str(tiny_nf4), str(tmp_path / "out")]
     script = "import os\nfrom qmerge import export\nfrom qmerge.cli import main\n"
