@@ -93,7 +93,8 @@ class Streams:
         begin = key not in self._written
         data = _bytes_of(hidden_WSH.float().contiguous().cpu())
         with translated(path), path.open("wb" if begin else "ab") as file:
-            file.writelines(in_pieces(data))
+            for piece in in_pieces(data):
+                file.write(piece)
         if self._resumable:
             self._digests.setdefault(key, hashlib.sha256()).update(data)
         self._written[key] = self._written.get(key, 0) + len(data)
