@@ -285,6 +285,8 @@ def verdict(result: RunResult) -> Verdict:
         sentence = f"The {result.subject} does not pass: {fallen[0]}{more}. On {figures}."
         return Verdict(tone="poor", sentence=sentence)
     tone, opinion = _opinion(result, score)
+    if tone == "good" and [*_elsewhere(result, names[0])]:
+        tone, opinion = "fair", f"{opinion} on {names[0]} only"
     return Verdict(tone=tone, sentence=f"The {result.subject} {opinion}: on {figures}.")
 
 
@@ -325,7 +327,7 @@ def _figures(result: RunResult, corpus: str, score: ArmScore) -> str:
 
 
 def _elsewhere(result: RunResult, corpus: str) -> Iterator[str]:
-    """Other texts, of which the verdict is not, where they are hurt more than it would allow."""
+    """Other texts where they are hurt more than a good verdict would allow."""
     for name in corpora(result):
         score = subject_score(result, name)
         if name == corpus or score is None or score.change is None or score.kl is None:

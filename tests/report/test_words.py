@@ -27,8 +27,10 @@ from tests.samples import finished, without_adapter_figures
 
 
 def with_release(result: RunResult, **changes: object) -> RunResult:
-    plays = dataclasses.replace(result.arms["release"]["plays"], **changes)  # type: ignore[arg-type]
-    release = {**result.arms["release"], "plays": plays}
+    release = {
+        name: dataclasses.replace(score, **changes)  # type: ignore[arg-type]
+        for name, score in result.arms["release"].items()
+    }
     return dataclasses.replace(result, arms={**result.arms, "release": release})
 
 
@@ -37,6 +39,18 @@ def changed(ratio: float, low: float, high: float) -> Change:
 
 
 KEPT = Survival(survival=0.98, noise=0.01, elements=1, energy=1.0)
+
+
+def test_a_good_verdict_says_where_another_text_is_hurt() -> None:
+    good = with_release(finished(), change=changed(1.002, 1.001, 1.003))
+    assert verdict(good).tone == "good"
+    release = dict(good.arms["release"])
+    worse = changed(1.03, 1.02, 1.04)
+    release["encyclopedia"] = dataclasses.replace(release["encyclopedia"], change=worse)
+    found = verdict(dataclasses.replace(good, arms={**good.arms, "release": release}))
+    assert found.tone == "fair"
+    assert "as good as what you trained on plays only: on plays" in found.sentence
+    assert "on encyclopedia perplexity +3.00" in found.sentence
 
 
 @pytest.mark.parametrize(
