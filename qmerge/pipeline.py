@@ -290,7 +290,8 @@ def _choose(
     candidates = tuple(_candidate(s, score, layers[s]) for s, score in scores.items())
     if len(job.strategies) == 1:
         only = job.strategies[0]
-        why = "as asked" if job.recipe.strategy == only else "there is no original to substitute"
+        alone = job.recipe.strategy == "auto"
+        why = "there is no original to substitute" if alone else "the only one that was asked for"
         return StrategyResult(chosen=only, why=why, candidates=candidates)
     first, second = job.strategies
     difference = paired_estimate(

@@ -60,10 +60,11 @@ def land(peft_model: Any, adapter: Adapter) -> Landing:
     landed = {name: tensor for name, tensor in final.items() if name in state}
     wrong = wrong_values(landed, state, path)
     missing = sorted(lost or complete.keys() - landed.keys())
+    homeless = sorted(final.keys() - state.keys())
     faults = (
         *listed(path, contradictions(spelling, tensors), DOUBLED),
-        *listed(path, sorted(final.keys() - state.keys()), LEFT_OVER),
-        *listed(path, missing, MISSING),
+        *listed(path, homeless, LEFT_OVER),
+        *listed(path, missing, OTHER_MODEL if homeless or wrong else MISSING),
         *wrong,
         *not_finite(named, path),
     )
@@ -81,6 +82,8 @@ def land(peft_model: Any, adapter: Adapter) -> Landing:
 DOUBLED = ("has two values of the same weight", PARTIAL_HINT)
 LEFT_OVER = ("holds tensors that have no place in this model", OTHER_MODEL_HINT)
 MISSING = ("lacks tensors that this model needs", PARTIAL_HINT)
+OTHER_MODEL = (MISSING[0], OTHER_MODEL_HINT)
+"""Where there is more that does not fit."""
 MISSHAPEN = ("holds tensors of another shape than this model's", OTHER_MODEL_HINT)
 EMPTY = ("holds empty tensors, as a sharded run saves them", PARTIAL_HINT)
 NOT_FINITE = ("holds values that are not finite", BROKEN_HINT)

@@ -97,7 +97,10 @@ class Adapter:
         revision = f" at revision {self.base_revision}" if self.base_revision else ""
         said = f"{self.path / CONFIG_NAME} names the base {self.base_name}{revision}"
         commits = [commit for folder, commit in map(_identity, folders) if folder == name]
-        if not commits or (_is_commit(self.base_revision) and self.base_revision not in commits):
+        if not commits:
+            called = " or ".join(sorted({folder.name for folder in folders}))
+            return f"{said}, and the folder is called {called}: check that they are the same model"
+        if _is_commit(self.base_revision) and self.base_revision not in commits:
             return said if not any(commits) else f"{said}, and this is {commits[0]}"
         return f"{said}: check that this is it" if revision and not any(commits) else None
 

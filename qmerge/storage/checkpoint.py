@@ -164,7 +164,9 @@ def _read_config(folder: Path, *, required: bool) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists() and not file.is_symlink():
         if required:
-            raise CheckpointError(f"{file}: missing", hint="this folder does not hold a model")
+            adapter = (folder / "adapter_config.json").exists()
+            held = "holds an adapter and no model" if adapter else "does not hold a model"
+            raise CheckpointError(f"{file}: missing", hint=f"this folder {held}")
         return {}
     return read_json(file)
 

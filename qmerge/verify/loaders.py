@@ -10,6 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def _check_parsed(settings: Mapping[str, Any], findings: Findings) -> None:
 
     try:
         made = AutoQuantizationConfig.from_dict(dict(settings))
+    except PackageNotFoundError as error:
+        findings.add(name, "skip", f"transformers reads these with {error.name}: not installed")
+        return
     except Exception as error:
         findings.add(name, "fail", f"transformers refuses the settings: {first_line(error)}")
         return
