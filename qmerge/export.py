@@ -76,7 +76,7 @@ def export(
             copy_file(path, folder / relative)
     return {
         "out": str(recipe.out),
-        "format": weights.format.name,
+        "source_format": weights.format.name,
         "dtype": str(target).removeprefix("torch."),
         "tensors": sum(len(record.tensors) for record in records),
         "bytes": sum(record.nbytes for record in records),

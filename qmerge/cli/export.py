@@ -39,7 +39,8 @@ def write_dense(recipe: Recipe, dtype: Dtype, as_json: bool) -> None:
         return
     from qmerge.report.words import size
 
+    merged = f"{len(written['merged'])} merged, " if written["merged"] else ""
     click.echo(
-        f"{written['out']}: {written['tensors']} tensors of {written['format']} as "
-        f"{written['dtype']}, {len(written['merged'])} merged, {size(written['bytes'])}"
+        f"{written['out']}: {written['tensors']} tensors of {written['source_format']} as "
+        f"{written['dtype']}, {merged}{size(written['bytes'])}"
     )

@@ -43,4 +43,6 @@ def _words(value: Any) -> str:
         return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
+    if isinstance(value, float):
+        return f"{value:.5g}"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
