@@ -284,6 +284,31 @@ class Reader:
         return self.weights[name]
 
 
+class Wrapper(Reader):
+    """A reader on top of another, which reads what this one does not decode itself."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inner: Format,
+        *,
+        name: str,
+        weights: Iterable[StoredWeight],
+        summary: FormatSummary,
+    ) -> None:
+        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
+        self.inner = inner
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        own = self._find(name).quantized
+        return super().dense(name, dtype) if own else self.inner.dense(name, dtype)
+
+    def rows(self, name: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        own = self._find(name).quantized
+        read = super().rows if own else self.inner.rows
+        return read(name, start, stop, dtype)
+
+
 def by_rows(
     shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[slice, Tensor], None]
 ) -> Tensor:

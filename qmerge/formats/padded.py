@@ -13,17 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qmerge.formats.base import Format, IntegerWeight, Reader, StoredWeight
+from qmerge.formats.base import Format, IntegerWeight, StoredWeight, Wrapper
 from qmerge.storage.checkpoint import Checkpoint
 
 Padding = tuple[int, int]
 """A size and the wider one in its place."""
 
 
-class PaddedReader(Reader):
+class PaddedReader(Wrapper):
     """A dense checkpoint whose tensors read in wider shapes, with zeros where nothing is kept."""
-
-    methods = ()
 
     def __init__(
         self,
@@ -39,15 +37,16 @@ class PaddedReader(Reader):
             else weight
             for name, weight in narrow.weights.items()
         ]
-        super().__init__(checkpoint, name=narrow.name, weights=weights, summary=narrow.summary)
+        super().__init__(
+            checkpoint, narrow, name=narrow.name, weights=weights, summary=narrow.summary
+        )
         self.kept = kept
-        self._narrow = narrow
 
     def integer(self, name: str) -> IntegerWeight | None:
         return None
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-        wide = self._narrow.dense(weight.name, dtype)
+        wide = self.inner.dense(weight.name, dtype)
         for dim, (have, want) in enumerate(zip(wide.shape, weight.shape, strict=True)):
             if have != want:
                 shape = (*wide.shape[:dim], want, *wide.shape[dim + 1 :])

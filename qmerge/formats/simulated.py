@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.formats.base import ALL, Format, Reader, StoredWeight
+from qmerge.formats.base import ALL, Format, StoredWeight, Wrapper
 from qmerge.storage.checkpoint import Checkpoint
 
 Kind = Literal["nf4", "fp4", "int8"]
@@ -111,10 +111,8 @@ def loaded_dtype(config: Mapping[str, Any], stored: torch.dtype) -> str:
     return named if named in DTYPES else str(stored).removeprefix("torch.")
 
 
-class SimulatedReader(Reader):
+class SimulatedReader(Wrapper):
     """A dense checkpoint some of whose linears read as bitsandbytes would decode them."""
-
-    methods = ()
 
     def __init__(
         self,
@@ -147,12 +145,12 @@ class SimulatedReader(Reader):
             quantized=len(chosen),
             dense=len(weights) - len(chosen),
         )
-        super().__init__(checkpoint, name=quant.name, weights=weights, summary=summary)
+        super().__init__(checkpoint, dense, name=quant.name, weights=weights, summary=summary)
         self._quant = quant
         self._turned = frozenset(turned)
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-        stored = self.checkpoint.read(weight.name)
+        stored = self.inner.dense(weight.name, weight.dtype)
         stored_OI = stored.T if weight.name in self._turned else stored
         decoded_OI = round_trip(stored_OI, self._quant)
         return (decoded_OI if rows == ALL else decoded_OI[rows]).to(dtype)

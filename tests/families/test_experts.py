@@ -360,6 +360,16 @@ def test_experts_that_a_checkpoint_holds_fused_are_read_one_by_one(
     for name in expected.tensors:
         assert torch.equal(found.read(name), expected.read(name)), name
 
+    for source, dense in ((folder / "base", "single"), (base, "fused")):
+        export(Recipe(base=source, out=tmp_path / dense, base_quant="nf4"))
+    single, again = Checkpoint.open(tmp_path / "single"), Checkpoint.open(tmp_path / "fused")
+    assert again.tensors.keys() == fused.keys()
+    path = "model.layers.0"
+    query = f"{path}.self_attn.q_proj.weight"
+    assert torch.equal(again.read(query), single.read(query))
+    down = [single.read(f"{path}.mlp.experts.{number}.down_proj.weight") for number in range(8)]
+    assert torch.equal(again.read(f"{path}.mlp.experts.down_proj"), torch.stack(down))
+
 
 @pytest.mark.slow
 def test_experts_that_are_published_fused_and_transposed(
