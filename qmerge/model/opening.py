@@ -201,7 +201,13 @@ def _matched(
 
     The skeleton is that of the checkpoint's own configuration, or of its `sibling`'s.
     """
-    weights = Weights(format=form, names=names, checkpoint=checkpoint, turned=skeleton.turned)
+    weights = Weights(
+        format=form,
+        names=names,
+        checkpoint=checkpoint,
+        turned=skeleton.turned,
+        stacks=form.stacks if isinstance(form, StackedReader) else {},
+    )
     shapes = {
         stored: (weights.shape(parameter), tuple(tensor.shape))
         for parameter, tensor in skeleton.parameters().items()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qmerge.formats.base import Format, IntegerWeight
-from qmerge.formats.stacked import Stack, StackedReader
+from qmerge.formats.stacked import Stack
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.names import NameMap, Unit, under
 from qmerge.storage.checkpoint import Checkpoint
@@ -28,7 +28,8 @@ class Weights:
     `changed` holds tensors that replace stored ones (merged embeddings, say), `packed` those that
     do on an integer grid, `resized` the rows of those with another vocabulary than the stored one:
     cut, or filled up with the mean row. `turned` are weights that lie as [I, O] in a dense
-    checkpoint, and as [O, I] in the model and where they are packed.
+    checkpoint, and as [O, I] in the model and where they are packed. `stacks` are the fused tensors
+    that it holds in place of single experts, by stored name.
     """
 
     format: Format
@@ -38,6 +39,7 @@ class Weights:
     packed: Mapping[str, IntegerWeight] = field(default_factory=dict)
     resized: Mapping[str, int] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
@@ -75,11 +77,6 @@ class Weights:
             return
         for start in range(0, shape[0], step):
             yield self.format.rows(name, start, min(start + step, shape[0]), dtype)
-
-    @property
-    def stacks(self) -> Mapping[str, Stack]:
-        """The fused tensors that the checkpoint holds in place of single experts."""
-        return self.format.stacks if isinstance(self.format, StackedReader) else {}
 
     def row_count(self, parameter: str) -> int:
         if parameter in self.changed:
