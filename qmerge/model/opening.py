@@ -56,11 +56,11 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
     checkpoint = Checkpoint.open(folder, config_required=True)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
-    form = _open(checkpoint, skeleton)
-    pairs = map_names(skeleton, form.weights).twice.values()
+    form, names = _open(checkpoint, skeleton)
+    pairs = names.twice.values()
     if any(_differ(form, *pair) for pair in pairs if not _is_left_out(form, pair[1])):
         skeleton = rebuilt(skeleton, {TIED: False})
-    names = map_names(skeleton, form.weights)
+        names = map_names(skeleton, form.weights)
     return skeleton, _matched(checkpoint, form, skeleton, names)
 
 
@@ -93,8 +93,8 @@ def _differ(form: Format, one: str, other: str) -> bool:
 
 def open_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> Weights:
     """The weights of a checkpoint for a skeleton that is already there."""
-    form = _open(checkpoint, skeleton)
-    return _matched(checkpoint, form, skeleton, map_names(skeleton, form.weights))
+    form, names = _open(checkpoint, skeleton)
+    return _matched(checkpoint, form, skeleton, names)
 
 
 def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> Weights:
@@ -104,8 +104,8 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
     Where the zeros lie is seen in one weight of the base for each size that differs. ModelError
     for a wider base whose zeros do not account for the difference.
     """
-    form = _open(checkpoint, skeleton)
-    names = _with_tied(map_names(skeleton, form.weights), skeleton)
+    form, names = _open(checkpoint, skeleton)
+    names = _with_tied(names, skeleton)
     wide = {
         stored: base.shape(parameter)
         for parameter, stored in names.stored.items()
@@ -124,17 +124,21 @@ def open_original(checkpoint: Checkpoint, skeleton: Skeleton, base: Weights) -> 
     return _matched(checkpoint, form, skeleton, names, sibling="base")
 
 
-def _open(checkpoint: Checkpoint, skeleton: Skeleton) -> Format:
-    """A checkpoint with the experts that it holds fused taken apart, where the skeleton's are."""
+def _open(checkpoint: Checkpoint, skeleton: Skeleton) -> tuple[Format, NameMap]:
+    """A checkpoint with the experts that it holds fused taken apart, where the skeleton's are, and
+    its names."""
     form = open_format(checkpoint)
-    fused = map_names(skeleton, form.weights).fused
+    names = map_names(skeleton, form.weights)
     stacks: dict[str, Stack] = {}
     for fusion in skeleton.fusions:
-        source = fused.get(fusion.parameter)
+        source = names.fused.get(fusion.parameter)
         if source is not None and not form.weights[source].quantized:
             stack = _stack(skeleton, fusion, source, form.weights[source].shape)
             stacks |= {source: stack} if stack is not None else {}
-    return StackedReader(form, stacks) if stacks else form
+    if not stacks:
+        return form, names
+    apart = StackedReader(form, stacks)
+    return apart, map_names(skeleton, apart.weights)
 
 
 def _stack(skeleton: Skeleton, fusion: Fusion, source: str, shape: tuple[int, ...]) -> Stack | None:
