@@ -287,17 +287,7 @@ class Reader:
 class Wrapper(Reader):
     """A reader on top of another, which reads what this one does not decode itself."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        inner: Format,
-        *,
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self.inner = inner
+    inner: Format
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         own = self._find(name).quantized

@@ -37,9 +37,8 @@ class PaddedReader(Wrapper):
             else weight
             for name, weight in narrow.weights.items()
         ]
-        super().__init__(
-            checkpoint, narrow, name=narrow.name, weights=weights, summary=narrow.summary
-        )
+        super().__init__(checkpoint, name=narrow.name, weights=weights, summary=narrow.summary)
+        self.inner = narrow
         self.kept = kept
 
     def integer(self, name: str) -> IntegerWeight | None:

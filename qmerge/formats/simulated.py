@@ -145,7 +145,8 @@ class SimulatedReader(Wrapper):
             quantized=len(chosen),
             dense=len(weights) - len(chosen),
         )
-        super().__init__(checkpoint, dense, name=quant.name, weights=weights, summary=summary)
+        super().__init__(checkpoint, name=quant.name, weights=weights, summary=summary)
+        self.inner = dense
         self._quant = quant
         self._turned = frozenset(turned)
 

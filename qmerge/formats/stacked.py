@@ -68,10 +68,10 @@ class StackedReader:
         if name not in self._places:
             return self._inner.rows(name, start, stop, dtype)
         source, expert, first = self._places[name]
-        found = self._inner.rows(source, expert, expert + 1, dtype)[0]
+        found = self._inner.rows(source, expert, expert + 1, self.weights[name].dtype)[0]
         expert_RI = found.T if self.stacks[source].turned else found
         part_OI = expert_RI[first + start : first + stop]
-        return part_OI.clone(memory_format=torch.contiguous_format)
+        return part_OI.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def integer(self, name: str) -> IntegerWeight | None:
         return None if name in self._places else self._inner.integer(name)
