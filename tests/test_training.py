@@ -282,28 +282,13 @@ def test_a_base_that_is_stored_in_few_bits_is_decoded_from_its_codes(tmp_path: P
         decide("nf4", same, (tmp_path,))
 
 
-def test_the_plan_uses_it_and_its_recipe_says_so(
-    tiny_original: Path, tiny_adapter: Path, calibration_text: Path, eval_text: Path, tmp_path: Path
-) -> None:
-    import shutil
-
-    adapter = tmp_path / "adapter"
-    shutil.copytree(tiny_adapter, adapter)
+def test_the_plan_uses_it_and_its_recipe_says_so(asked: Recipe) -> None:
+    adapter = Path(asked.adapter[0])
     (adapter / "args.json").write_text(json.dumps(SWIFT))
     (adapter / "config.json").write_text(
         configuration(nf4(llm_int8_skip_modules=["lm_head", "down_proj"]))
     )
-    recipe = Recipe(
-        base=tiny_original,
-        adapter=(str(adapter),),
-        out=tmp_path / "out",
-        calibration=str(calibration_text),
-        calibration_samples=8,
-        eval=(str(eval_text),),
-        eval_windows=2,
-        sequence_length=32,
-        group_size=32,
-    )
+    recipe = replace(asked, calibration_samples=8, sequence_length=32)
     plan = make_plan(recipe)
     assert [fault.where for fault in plan.faults] == ["--base"]
     (adapter / "args.json").unlink()
