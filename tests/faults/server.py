@@ -23,6 +23,8 @@ LOG = "log.json"
 
 
 def main() -> None:
+    # A shell that starts the tests in the background has its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # PEFT looks for it when it puts an adapter into a model, and it starts threads.
     sys.modules["gptqmodel"] = None  # type: ignore[assignment]
     # Drawing the report's plots takes longer than the job.
