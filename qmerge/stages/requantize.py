@@ -33,6 +33,7 @@ from qmerge.gptq import (
     expressible,
     solve_update,
 )
+from qmerge.heap import give_back
 from qmerge.job import Settings
 from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
@@ -199,9 +200,12 @@ class Requantizer:
                 moments = {group[0]: self._moments(group) for group in wave}
                 for name, pair in arrivals(*moments):
                     moments[name].add(pair)
+                give_back()
                 for group in wave:
                     self._quantize(group, moments[group[0]])
                 stops.difference_update(moments)
+                del moments
+                give_back()
             for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
 
