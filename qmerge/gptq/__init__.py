@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmerge.gptq.factor import Factor, Order, factor
 from qmerge.gptq.grid import Grid, GridSpec
-from qmerge.gptq.hessian import Hessian
+from qmerge.gptq.hessian import Hessian, output_squares
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import Drift, aim
 from qmerge.gptq.update import GridChoice, Update, expressible, solve_update
@@ -22,6 +22,7 @@ __all__ = [
     "aim",
     "expressible",
     "factor",
+    "output_squares",
     "solve",
     "solve_update",
 ]

@@ -88,12 +88,12 @@ def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float =
         layout_I = torch.arange(width - 1, -1, -1, device=H_II.device)
         return _nearest(H_II, layout_I, order, group, f"nearest rounding: {broken}")
     layout_I = layout(H_II.diagonal(), order=order, group=group)
-    scaled_II = H_II.index_select(0, layout_I).index_select(1, layout_I).div_(mean)
-    for fraction, floor_I, fallback in _attempts(scaled_II, damping):
-        damped_II = scaled_II.clone()
-        damped_II.diagonal().add_(floor_I)
-        lower_II, info = torch.linalg.cholesky_ex(damped_II)
-        del damped_II
+    info = torch.empty((), dtype=torch.int32, device=H_II.device)
+    for fraction, floor_I, fallback in _attempts(H_II, layout_I, mean, damping):
+        # Symmetric, so that its transpose is the same matrix laid out as LAPACK wants it: in place.
+        lower_II = H_II.index_select(0, layout_I).index_select(1, layout_I).div_(mean).T
+        lower_II.diagonal().add_(floor_I)
+        torch.linalg.cholesky_ex(lower_II, out=(lower_II, info))
         root_I = lower_II.diagonal().clone()
         if int(info) == 0 and _sound(root_I):
             return Factor(
@@ -145,15 +145,18 @@ def _sound(root_I: Tensor) -> bool:
     return bool((root_I.square() > noise).all())
 
 
-def _attempts(scaled_II: Tensor, damping: float) -> Iterator[tuple[float, Tensor, str | None]]:
-    """(fraction, what to add to the diagonal, fallback) in order of preference."""
-    ones_I = torch.ones_like(scaled_II.diagonal())
+def _attempts(
+    H_II: Tensor, layout_I: Tensor, mean: float, damping: float
+) -> Iterator[tuple[float, Tensor, str | None]]:
+    """(fraction, what to add to the diagonal, fallback) in order of preference; in the layout, in
+    units of the mean diagonal."""
+    diagonal_I = H_II.diagonal()[layout_I] / mean
+    ones_I = torch.ones_like(diagonal_I)
     fraction = damping
     while fraction <= 1.0:
         yield fraction, ones_I * fraction, None
         fraction = fraction * RAISE if fraction > 0.0 else DAMPING / RAISE
-    diagonal_I = scaled_II.diagonal()
-    rest_I = scaled_II.abs().sum(1) - diagonal_I.abs()
+    rest_I = H_II.abs().sum(1)[layout_I] / mean - diagonal_I.abs()
     floor_I = (rest_I - diagonal_I).clamp_(min=0).add_(damping + ones_I * 1e-3)
     yield damping, floor_I, "diagonal floor: the damped Hessian was not positive definite"
 

@@ -135,12 +135,13 @@ def fit_groups(
     W_OI: Tensor, weight_I: Tensor, spec: GridSpec, g_idx_I: Tensor | None, groups: int
 ) -> Grid:
     """A grid for a weight as it stands, every group fitted on its own; see `fit`."""
-    width = W_OI.shape[1]
-    group_I = torch.arange(width, device=W_OI.device) // (width // groups)
-    group_I = group_I if g_idx_I is None else g_idx_I.long()
+    if g_idx_I is not None:
+        sorted_I = g_idx_I.argsort(stable=True)
+        W_OI, weight_I = W_OI.index_select(1, sorted_I), weight_I[sorted_I]
+    wide = W_OI.shape[1] // groups
     scales, zeros = [], []
-    for group in range(groups):
-        columns = (group_I == group).nonzero()[:, 0]
+    for start in range(0, wide * groups, wide):
+        columns = slice(start, start + wide)
         scale_O, zero_O = fit(W_OI[:, columns].T.contiguous(), weight_I[columns], spec)
         scales.append(scale_O)
         zeros.append(zero_O)

@@ -1,6 +1,6 @@
 """The second moment of a linear's input, summed over calibration tokens.
 
-Shapes: N tokens, I in features of the linear.
+Shapes: N tokens, O out and I in features of the linear, P columns of a panel.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qmerge.gptq.grid import all_finite
 
-# Columns of one panel of the sum. Narrower panels compute fewer of the mirrored products, wider
-# ones run nearer to the machine's rate; 256 was best or equal from 256 to 3072 columns.
+# Columns of one panel of a symmetric matrix. Narrower panels compute fewer of the mirrored
+# products, wider ones run nearer to the machine's rate; 256 was best or equal from 256 to 3072
+# columns.
 PANEL = 256
 
 
@@ -52,3 +53,15 @@ class Hessian:
         """XᵀX / N of all tokens so far, [I, I], symmetric to the last bit; zeros without tokens."""
         upper_II = self.sum_II.triu() / max(self.tokens, 1)
         return upper_II.add_(upper_II.triu(1).T)
+
+
+def output_squares(W_OI: Tensor, H_II: Tensor) -> Tensor:
+    """diag(W H Wᵀ), each output's mean square [O]; only the upper half of `H_II` is read."""
+    W_OI = W_OI.to(H_II.dtype)
+    squares_O = H_II.new_zeros(W_OI.shape[0])
+    for start in range(0, H_II.shape[0], PANEL):
+        panel = slice(start, start + PANEL)
+        moved_OP = W_OI[:, panel] @ H_II[panel, panel]
+        moved_OP.addmm_(W_OI[:, :start], H_II[:start, panel], alpha=2)
+        squares_O += moved_OP.mul_(W_OI[:, panel]).sum(1)
+    return squares_O

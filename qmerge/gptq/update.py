@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qmerge.gptq.factor import DAMPING, Order, factor
 from qmerge.gptq.grid import Grid, GridSpec, fit_groups, group_width
+from qmerge.gptq.hessian import output_squares
 from qmerge.gptq.refine import Whole, per_part, per_row, refit
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import aim
@@ -234,8 +235,7 @@ class _Stack:
         kappa_P: Tensor,
     ) -> tuple[Update, ...]:
         """Split siblings apart, measured against the merged weight."""
-        error_OI = found.weight_OI - self.merged_OI
-        loss_O = ((error_OI @ self.H_II) * error_OI).sum(1)
+        loss_O = output_squares(found.weight_OI - self.merged_OI, self.H_II)
         found = replace(found, loss_O=loss_O)
         kept_P = self.along_update(found.weight_OI - self.origin_OI)
         noise_P = per_part(loss_O, self.rows)

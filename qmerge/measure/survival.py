@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
+from qmerge.gptq import output_squares
 from qmerge.results import Survival
 
 # Rows worked on at once, so that nothing of the weight's size is held beside the weights.
@@ -38,8 +39,8 @@ def linear_survival(
         update = merged_OI[part].float() - base_OI[part].float()
         left = release_OI[part].float() - base_OI[part].float()
         kept += inner(left, update, H_II)
-        energy += inner(update, update, H_II)
-        error += inner(left - update, left - update, H_II)
+        energy += output_power(update, H_II)
+        error += output_power(left - update, H_II)
     return survival_of(
         base_OI,
         merged_OI,
@@ -95,7 +96,7 @@ def error_ratio(
     error = 0.0
     for part in _parts(original_OI):
         difference = original_OI[part].float() - quantized_OI[part].float()
-        error += inner(difference, difference, H_II)
+        error += output_power(difference, H_II)
     return math.sqrt(max(error, 0.0) / energy) if energy > 0 else None
 
 
@@ -104,14 +105,14 @@ def relative_error(merged_OI: Tensor, release_OI: Tensor, H_II: Tensor) -> float
     error = 0.0
     for part in _parts(merged_OI):
         difference = merged_OI[part].float() - release_OI[part].float()
-        error += inner(difference, difference, H_II)
+        error += output_power(difference, H_II)
     power = output_power(merged_OI, H_II)
     return error / power if power > 0 else None
 
 
 def output_power(weight_OI: Tensor, H_II: Tensor) -> float:
     """||W X||^2, the mean squared output over tokens, summed over outputs."""
-    return sum(inner(weight_OI[part], weight_OI[part], H_II) for part in _parts(weight_OI))
+    return float(output_squares(weight_OI, H_II).double().sum())
 
 
 def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:
@@ -147,7 +148,7 @@ def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:
 def inner(A_OI: Tensor, B_OI: Tensor, H_II: Tensor) -> float:
     """trace(A H B^T), product in H's dtype, sum in float64."""
     product_OI = A_OI.to(H_II.dtype) @ H_II
-    return float((product_OI.double() * B_OI.double()).sum())
+    return float((product_OI * B_OI).sum(1).double().sum())
 
 
 def _parts(weight_OI: Tensor) -> Iterator[slice]:

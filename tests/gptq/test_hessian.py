@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qmerge.gptq import Hessian
+from qmerge.gptq import Hessian, output_squares
 from tests.gptq.problems import inputs
 
 
@@ -47,3 +47,11 @@ def test_sixteen_bit_inputs_are_summed_in_full_precision() -> None:
     hessian.add(X)
     wanted = X.double().T @ X.double() / 500
     torch.testing.assert_close(hessian.mean().double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [5, 256, 300, 513])
+def test_output_squares_equal_the_naive_sum(width: int) -> None:
+    X, W = inputs(40, width, seed=5), inputs(7, width, seed=6)
+    wanted = (X @ W.T).square().mean(0)
+    found = output_squares(W, X.T @ X / 40)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -42,6 +42,16 @@ def test_equals_naive_float64(bits: int, symmetric: bool, order: Order, group: i
     assert single.loss == pytest.approx(wanted.loss, rel=1e-3)
 
 
+def test_what_other_devices_run_equals_naive_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver, "round_by_numpy", solver.round_by_torch)
+    H, W = second_moment(WIDTH, seed=2), weight(OUT, WIDTH, seed=2)
+    wanted = reference.gptq(W, H, symmetric=False, order="group", group=32)
+    spec = GridSpec(bits=4, group_size=32, symmetric=False)
+    solution = solve(W, factor(H, order="group", group_size=32), spec)
+    assert torch.equal(solution.codes_OI.double(), wanted.codes)
+    torch.testing.assert_close(solution.weight_OI, wanted.weight.float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_are_those_of_the_stored_dtype(dtype: torch.dtype) -> None:
     H, W = second_moment(WIDTH, seed=1), weight(OUT, WIDTH, seed=1)
