@@ -51,8 +51,12 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """XᵀX / N of all tokens so far, [I, I], symmetric to the last bit; zeros without tokens."""
-        upper_II = self.sum_II.triu() / max(self.tokens, 1)
-        return upper_II.add_(upper_II.triu(1).T)
+        for start in range(0, self.sum_II.shape[0], PANEL):
+            panel, after = slice(start, start + PANEL), slice(start + PANEL, None)
+            corner_PP = self.sum_II[panel, panel]
+            corner_PP.copy_(corner_PP.triu() + corner_PP.triu(1).T)
+            self.sum_II[after, panel] = self.sum_II[panel, after].T
+        return self.sum_II / max(self.tokens, 1)
 
 
 def output_squares(W_OI: Tensor, H_II: Tensor) -> Tensor:
