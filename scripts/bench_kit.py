@@ -22,9 +22,11 @@ MARK = "taken: "
 
 @dataclass(frozen=True)
 class Taken:
-    """What one contender took; memory in bytes."""
+    """What one contender took; memory in bytes. `core_seconds` are those of all cores together,
+    without what a shared machine gave to others meanwhile."""
 
     seconds: float
+    core_seconds: float
     process_seconds: float
     memory: int
     imports: int
@@ -41,9 +43,14 @@ def peak() -> int:
 @contextmanager
 def taking() -> Iterator[None]:
     """Around a contender's work, once all it needs has been imported; told to `contend`."""
-    imports, began = peak(), time.perf_counter()
+    imports, began, cores = peak(), time.perf_counter(), time.process_time()
     yield
-    taken = {"seconds": time.perf_counter() - began, "memory": peak() - imports, "imports": imports}
+    taken = {
+        "seconds": time.perf_counter() - began,
+        "core_seconds": time.process_time() - cores,
+        "memory": peak() - imports,
+        "imports": imports,
+    }
     print(MARK + json.dumps(taken), flush=True)
 
 
@@ -79,15 +86,16 @@ def dispatch(contenders: Mapping[str, Callable[..., None]]) -> bool:
 def table(rows: Mapping[str, Taken], ours: str) -> Iterator[str]:
     """Seconds and MiB of each; unless it is a part of another (indented), what ours is of it."""
     own = rows[ours]
-    yield f"{'':<28}{'work':>9}{'process':>10}{'memory':>11}{'imports':>11}"
+    yield f"{'':<28}{'work':>9}{'on cores':>10}{'process':>10}{'memory':>11}{'imports':>11}"
     for name, took in rows.items():
         line = (
-            f"{name:<28}{took.seconds:>7.1f} s{took.process_seconds:>8.1f} s"
-            f"{took.memory >> 20:>7} MiB{took.imports >> 20:>7} MiB"
+            f"{name:<28}{took.seconds:>7.1f} s{took.core_seconds:>8.1f} s"
+            f"{took.process_seconds:>8.1f} s{took.memory >> 20:>7} MiB{took.imports >> 20:>7} MiB"
         )
         if took is not own and not name.startswith(" "):
             line += (
                 f"   {ours} takes {own.seconds / took.seconds:.2f} of the time,"
+                f" {own.core_seconds / took.core_seconds:.2f} of the cores' time,"
                 f" {own.memory / took.memory:.2f} of the memory"
             )
         yield line
