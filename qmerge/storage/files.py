@@ -15,6 +15,8 @@ from qmerge.errors import CheckpointError, QmergeError, StorageError
 # 25 times its text, so the limit also bounds memory.
 JSON_LIMIT = 64 * 2**20
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 # The machine's doing; every other error speaks of the path that was given.
 _MACHINES_FAULT = frozenset(
     (errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
@@ -56,6 +58,16 @@ def read_bytes(path: Path, *, start: int = 0, length: int) -> bytes:
     if len(data) != length:
         raise CheckpointError(f"{path}: truncated: {len(data)} bytes where {length} should be")
     return data
+
+
+def expect_fetched(path: Path) -> None:
+    """CheckpointError for the few lines that git-lfs leaves in place of a file it did not fetch."""
+    size = regular_status(path).st_size
+    if read_bytes(path, length=min(size, len(_POINTER))) == _POINTER:
+        raise CheckpointError(
+            f"{path}: a pointer of git-lfs, not the file itself",
+            hint="fetch the files with `git lfs pull`",
+        )
 
 
 def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:

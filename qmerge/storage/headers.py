@@ -15,7 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qmerge.errors import CheckpointError
-from qmerge.storage.files import parse_json, read_bytes, regular_status, translate
+from qmerge.storage.files import (
+    expect_fetched,
+    parse_json,
+    read_bytes,
+    regular_status,
+    translate,
+)
 
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 _LENGTH_BYTES = 8
@@ -79,6 +85,7 @@ def _header_length(path: Path, size: int) -> int:
         raise CheckpointError(f"{path}: truncated: {size} bytes cannot hold a safetensors header")
     length = int.from_bytes(read_bytes(path, length=_LENGTH_BYTES), "little")
     if length > HEADER_LIMIT:
+        expect_fetched(path)
         raise CheckpointError(
             f"{path}: not a safetensors file: a header of {length} bytes is over the format's limit"
         )

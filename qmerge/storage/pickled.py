@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
-from qmerge.storage.files import read_bytes, regular_status, translate
+from qmerge.storage.files import expect_fetched, read_bytes, regular_status, translate
 from qmerge.storage.headers import TensorInfo
 
 _PICKLE_LIMIT = 64 * 2**20  # bytes of the pickle itself; the tensors lie outside it
@@ -50,6 +50,7 @@ class PickledFile:
 def _check_archive(path: Path, size: int) -> None:
     """torch.save writes a zip without compression; a compressed one could unpack to anything."""
     if size < len(_ZIP) or read_bytes(path, length=len(_ZIP)) != _ZIP:
+        expect_fetched(path)
         raise CheckpointError(
             f"{path}: not an archive of torch.save (older than PyTorch 1.6, or damaged)", hint=_HINT
         )

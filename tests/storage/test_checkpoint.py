@@ -325,6 +325,15 @@ def test_a_false_header_length_reads_nothing_large(tmp_path: Path, length: int) 
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path: Path, file: str) -> None:
+    lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{'0' * 64}", "size 988097824")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
+    with pytest.raises(CheckpointError, match=rf"{file}: a pointer of git-lfs"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_sparse_giant_is_refused_without_reading_it(tmp_path: Path) -> None:
     file = write_raw(tmp_path / "model.safetensors", {"a": GOOD}, length=90_000_000_000)
     os.truncate(file, 2**40)
