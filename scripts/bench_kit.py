@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 VOCABULARY = 8192
@@ -75,6 +76,12 @@ def contend(script: Path, name: str, *arguments: str, python: str = sys.executab
     return Taken(process_seconds=seconds, **json.loads(told[-1].removeprefix(MARK)))
 
 
+def median(taken: Sequence[Taken]) -> Taken:
+    """The median of each figure of several runs of one contender."""
+    each = zip(*map(astuple, taken), strict=True)
+    return Taken(*map(statistics.median, each))
+
+
 def dispatch(contenders: Mapping[str, Callable[..., None]]) -> bool:
     """Whether this process is a contender; its function is called with the other arguments."""
     if sys.argv[1:2] != ["--contender"]:
@@ -90,7 +97,8 @@ def table(rows: Mapping[str, Taken], ours: str) -> Iterator[str]:
     for name, took in rows.items():
         line = (
             f"{name:<28}{took.seconds:>7.1f} s{took.core_seconds:>8.1f} s"
-            f"{took.process_seconds:>8.1f} s{took.memory >> 20:>7} MiB{took.imports >> 20:>7} MiB"
+            f"{took.process_seconds:>8.1f} s"
+            f"{took.memory / 2**20:>7.0f} MiB{took.imports / 2**20:>7.0f} MiB"
         )
         if took is not own and not name.startswith(" "):
             line += (
