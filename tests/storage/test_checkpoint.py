@@ -327,7 +327,11 @@ def test_a_false_header_length_reads_nothing_large(tmp_path: Path, length: int) 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path: Path, file: str) -> None:
-    lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{'0' * 64}", "size 988097824")
+    lines = (
+        "version https://git-lfs.github.com/spec/v1",
+        f"oid sha256:{'0' * 64}",
+        "size 988097824",
+    )
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / file).write_text("\n".join(lines) + "\n")
     with pytest.raises(CheckpointError, match=rf"{file}: a pointer of git-lfs"):
