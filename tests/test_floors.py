@@ -32,8 +32,9 @@ FLOORS = (
         modules=("errors", "names", "options", "recipe", "results", "progress", "meter"),
         ladder=True,
     ),
-    Floor(name="bytes", modules=("storage",)),
-    Floor(name="tensors", modules=("formats", "adapters", "gptq", "measure")),
+    Floor(name="bytes", modules=("storage", "heap")),
+    Floor(name="tensors", modules=("formats", "adapters", "gptq")),
+    Floor(name="measures", modules=("measure",)),
     Floor(name="models", modules=("corpus", "model")),
     Floor(
         name="intent",
