@@ -23,8 +23,8 @@ MARK = "taken: "
 
 @dataclass(frozen=True)
 class Taken:
-    """What one contender took; memory in bytes. `core_seconds` are those of all cores together,
-    without what a shared machine gave to others meanwhile."""
+    """What one contender took; memory in bytes. `core_seconds` is the processor's time over all
+    cores, in which threads that wait for one another spin."""
 
     seconds: float
     core_seconds: float

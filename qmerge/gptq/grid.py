@@ -134,7 +134,8 @@ def fit(W_CO: Tensor, weight_C: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]
 def fit_groups(
     W_OI: Tensor, weight_I: Tensor, spec: GridSpec, g_idx_I: Tensor | None, groups: int
 ) -> Grid:
-    """A grid for a weight as it stands, every group fitted on its own; see `fit`."""
+    """A grid for a weight as it stands, every group fitted on its own; see `fit`. Groups are of
+    equal width."""
     if g_idx_I is not None:
         sorted_I = g_idx_I.argsort(stable=True)
         W_OI, weight_I = W_OI.index_select(1, sorted_I), weight_I[sorted_I]

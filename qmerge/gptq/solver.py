@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -160,11 +161,10 @@ class _Walk:
         target_CO = self.target_IO[rows].add_(offset_CO)
         error_CO = self.error_IO[rows].add_(offset_CO)
         code_CO = torch.empty_like(target_CO)
-        # What each column is fed by those rounded before it, and by none other.
         feed_CC = self.factor.lower_II[rows, rows].T.triu(1)
-        on_host = target_CO.device.type == "cpu"
-        columns = round_by_numpy if on_host else round_by_torch
-        columns(target_CO, error_CO, code_CO, scale_CO, feed_CC, self.spec.top)
+        round_columns = round_by_numpy if target_CO.device.type == "cpu" else round_by_torch
+        leaf = Leaf(target_CO, error_CO, code_CO, scale_CO, feed_CC)
+        round_columns(leaf, self.spec.top)
         target_CO.addcmul_(code_CO, scale_CO, value=-1)
         self.codes_IO[rows] = code_CO
 
@@ -204,35 +204,30 @@ class _Walk:
         )
 
 
-def round_by_torch(
-    target_CO: Tensor,
-    error_CO: Tensor,
-    code_CO: Tensor,
-    scale_CO: Tensor,
-    feed_CC: Tensor,
-    top: int,
-) -> None:
-    """Round the columns of a leaf from the last to the first, in place: targets take up errors,
-    weights become errors, and codes are filled in."""
-    columns = list(zip(target_CO, error_CO, code_CO, scale_CO, feed_CC, strict=True))
-    for target_O, error_O, code_O, scale_O, feed_C in reversed(columns):
-        target_O.addmv_(error_CO.T, feed_C)
+class Leaf(NamedTuple):
+    """A few columns that are rounded one by one: targets, which take up errors; weights, which
+    become errors; codes, which are filled in; steps; and what each column is fed by those rounded
+    before it, zero for the others."""
+
+    target_CO: Tensor
+    error_CO: Tensor
+    code_CO: Tensor
+    scale_CO: Tensor
+    feed_CC: Tensor
+
+
+def round_by_torch(leaf: Leaf, top: int) -> None:
+    """Round the columns of a leaf from the last to the first, in place, to codes 0 to `top`."""
+    for target_O, error_O, code_O, scale_O, feed_C in reversed(list(zip(*leaf, strict=True))):
+        target_O.addmv_(leaf.error_CO.T, feed_C)
         torch.div(target_O, scale_O, out=code_O).round_().clamp_(0, top)
         error_O.addcmul_(code_O, scale_O, value=-1)
 
 
-def round_by_numpy(
-    target_CO: Tensor,
-    error_CO: Tensor,
-    code_CO: Tensor,
-    scale_CO: Tensor,
-    feed_CC: Tensor,
-    top: int,
-) -> None:
+def round_by_numpy(leaf: Leaf, top: int) -> None:
     """The same for a host's tensors: a call of numpy costs a quarter of torch's before it begins,
     which for some thousand rows is most of it."""
-    tensors = (target_CO, error_CO, code_CO, scale_CO, feed_CC)
-    targets, errors, codes, scales, feeds = (tensor.numpy() for tensor in tensors)
+    targets, errors, codes, scales, feeds = (tensor.numpy() for tensor in leaf)
     buffer = np.empty_like(targets[0])
     lowest, highest = np.zeros_like(buffer), np.full_like(buffer, top)
     columns = list(zip(targets, errors, codes, scales, strict=True))

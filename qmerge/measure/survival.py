@@ -148,7 +148,7 @@ def pool_survival(parts: Iterable[Survival | None]) -> Survival | None:
 def inner(A_OI: Tensor, B_OI: Tensor, H_II: Tensor) -> float:
     """trace(A H B^T), product in H's dtype, sum in float64."""
     product_OI = A_OI.to(H_II.dtype) @ H_II
-    return float((product_OI * B_OI).sum(1).double().sum())
+    return float((product_OI.double() * B_OI.double()).sum())
 
 
 def _parts(weight_OI: Tensor) -> Iterator[slice]:

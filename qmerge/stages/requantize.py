@@ -200,12 +200,16 @@ class Requantizer:
                 moments = {group[0]: self._moments(group) for group in wave}
                 for name, pair in arrivals(*moments):
                     moments[name].add(pair)
-                give_back()
+                # Experts are many and alike: one fills the holes that the one before it left.
+                alone = wave[0][0] not in self._routed
+                if alone:
+                    give_back()
                 for group in wave:
                     self._quantize(group, moments[group[0]])
                 stops.difference_update(moments)
                 del moments
-                give_back()
+                if alone:
+                    give_back()
             for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
 
