@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.formats.stacked import Stack
+from qmerge.heap import give_back
 from qmerge.job import Faults
 from qmerge.job import partial as partial_folder
 from qmerge.model.opening import open_model
@@ -66,8 +68,8 @@ def export(
     with _staged(recipe.out) as folder:
         progress.stage("write", len(units))
         work = partial(_write_unit, folder, source, target)
-        # PEFT's layers are shared, and a merge takes all cores by itself.
-        workers = 1 if change else cores()
+        # A merge holds whole units: one is decoded or written while another is merged.
+        workers = min(2, cores()) if change else cores()
         records = list(_in_order(work, units, workers, progress))
         write_index(folder, records)
         write_json(folder / "config.json", _config(source, target))
@@ -96,6 +98,8 @@ class _Source:
     change: Change | None
     tokenizer: Path
     notes: tuple[str, ...]
+    merging: Lock = field(default_factory=Lock)
+    """PEFT's layers are shared by those that are copied from them."""
 
 
 def _open(recipe: Recipe) -> _Source:
@@ -137,7 +141,8 @@ def _in_order(
             yield work(number, len(units), unit)
         return
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    share = max(1, threads // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     try:
         futures = [pool.submit(work, n, len(units), u) for n, u in enumerate(units, start=1)]
         for unit, future in zip(units, futures, strict=True):
@@ -158,7 +163,7 @@ def _write_unit(
 
     def whole(own: str) -> torch.Tensor:
         name = stored[own]
-        found = merged[name] if name in merged else weights.tensor(name)
+        found = merged.pop(name) if name in merged else weights.tensor(name)
         return weights.on_disk(name, found).to(dtype)
 
     def pieces(own: str) -> Iterator[torch.Tensor]:
@@ -174,7 +179,10 @@ def _write_unit(
         return pieces(own) if packed or dtype != torch.float16 else _held(own, pieces(own))
 
     path = folder / f"model-{number:05}-of-{count:05}.safetensors"
-    return write_pieces(path, _shapes(weights, stored, stacks, dtype), held)
+    record = write_pieces(path, _shapes(weights, stored, stacks, dtype), held)
+    if source.change is not None:
+        give_back()  # each thread has a heap of its own
+    return record
 
 
 def _held(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -202,18 +210,19 @@ def _shapes(
     return meta
 
 
-def _merged(source: _Source, unit: Unit) -> Mapping[str, torch.Tensor]:
+def _merged(source: _Source, unit: Unit) -> dict[str, torch.Tensor]:
     """The parameters of a unit that the adapters change, merged in float32."""
     change = source.change
     if change is None or not any(name in change.touched for name in unit.parameters):
         return {}
     dense = source.weights.unit(unit)
     if unit.kind != "layer":
-        found = merge_outer(change, unit, dense)
+        with source.merging:
+            found = merge_outer(change, unit, dense)
     else:
-        live = live_layer(source.skeleton, change, unit, dense)
-        dense.clear()  # what PEFT changes is a copy
-        relative = merge_layer(change, live)
+        with source.merging:
+            live = live_layer(source.skeleton, change, unit, dense, taken=True)
+            relative = merge_layer(change, live)
         found = {join(unit.path, name): tensor for name, tensor in relative.items()}
     return {name: tensor for name, tensor in found.items() if name in change.touched}
 

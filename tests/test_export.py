@@ -54,6 +54,24 @@ def test_pieces_and_threads_change_no_byte(
         assert torch.equal(dense.read(name), form.dense(name).half()), name
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_units_merged_beside_one_another_equal_peft(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    from peft import PeftModel
+
+    export(Recipe(base=tiny_nf4, out=tmp_path / "dense"), dtype="float32")
+    live = PeftModel.from_pretrained(dense_model(tmp_path / "dense"), tiny_adapter)
+    want = live.merge_and_unload().state_dict()
+    monkeypatch.setattr("qmerge.export.cores", lambda: cores)
+    recipe = Recipe(base=tiny_nf4, out=tmp_path / "merged", adapter=(str(tiny_adapter),))
+    export(recipe, dtype="float32")
+    merged = Checkpoint.open(tmp_path / "merged")
+    assert merged.tensors
+    for name in merged.tensors:
+        assert torch.equal(merged.read(name), want[name]), name
+
+
 def test_what_ends_one_unit_ends_all(
     tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,9 @@ class Change(Protocol):
     def unties(self) -> bool: ...
     def supplies(self, parameter: str, start: int) -> bool: ...
     def live(self, path: str) -> nn.Module: ...
-    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    def fill(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+    ) -> None: ...
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]: ...
 
 
@@ -81,16 +83,18 @@ class Chain:
         module.__dict__[BEFORE] = [link.live(path) for link in self.links[:-1]]
         return module
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+    ) -> None:
         """Put base weights under the first change; the others follow when it has them all."""
         waiting: list[nn.Module] = module.__dict__[BEFORE]
         while waiting:
             link = self.links[len(self.links) - 1 - len(waiting)]
-            link.fill(waiting[0], tensors)
+            link.fill(waiting[0], tensors, taken=taken)
             if not unit.filled(waiting[0]):
                 return
             tensors = link.merge(waiting.pop(0))
-        self.links[-1].fill(module, tensors)
+        self.links[-1].fill(module, tensors, taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Merge the last change too; the module becomes plain."""

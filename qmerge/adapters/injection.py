@@ -75,16 +75,22 @@ class Injection:
                 unit.scale(adapted, self.weight)
         return module.eval().requires_grad_(False)
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+    ) -> None:
         """Put base weights into a live module, by plain names relative to it.
 
         May be called several times; a tuner layer is laid when its last base weight is there.
-        The tensors are not changed. Raises AdapterError for a name that the module does not have.
+        The tensors are not changed, unless they are `taken` over, which saves copies of them.
+        Raises AdapterError for a name that the module does not have.
         """
         path = module.__dict__[unit.PATH]
         brought = unit.below(self.landing.overrides, path)
-        own = {name: self.landing.overrides[brought[name]].float() for name in brought}
-        unknown = unit.put(module, {**tensors, **own})
+        own = {
+            name: self.landing.overrides[full].to(torch.float32, copy=taken)
+            for name, full in brought.items()
+        }
+        unknown = unit.put(module, {**tensors, **own}, taken=taken)
         if unknown:
             raise AdapterError(f"{path} has no parameter {unknown[0]!r}")
         for relative, adapted in list(unit.adapted_modules(module)):

@@ -63,10 +63,15 @@ class Overlay:
         module.__dict__[unit.PATH] = path
         return module.eval().requires_grad_(False)
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+    ) -> None:
         """Put base weights into a live module, or the trained ones where there are such."""
         path = module.__dict__[unit.PATH]
-        own = {n: self.values[full].float() for n, full in unit.below(self.values, path).items()}
+        own = {
+            name: self.values[full].to(torch.float32, copy=taken)
+            for name, full in unit.below(self.values, path).items()
+        }
         unknown = unit.put(module, {**tensors, **own})
         if unknown:
             raise AdapterError(f"{path} has no parameter {unknown[0]!r}")

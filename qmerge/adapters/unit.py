@@ -214,16 +214,20 @@ def back_to_meta(model: nn.Module) -> None:
         slot.owner._parameters[slot.attribute] = meta
 
 
-def put(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def put(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+) -> tuple[str, ...]:
     """Place base tensors by plain name; returns the names that the module does not have.
 
-    What an adapter changes is copied: PEFT works on base weights in place, and these are not ours.
+    PEFT works on base weights in place: what an adapter changes is copied, unless the tensors are
+    `taken` over.
     """
     slots = {slot.name: slot for slot in (*base_slots(module), *buffer_slots(module))}
     adapted = {id(slot.owner) for _, top in adapted_modules(module) for slot in base_slots(top)}
     for name, tensor in tensors.items():
         if name in slots:
-            slots[name].put(tensor.clone() if id(slots[name].owner) in adapted else tensor)
+            kept = not taken and id(slots[name].owner) in adapted
+            slots[name].put(tensor.clone() if kept else tensor)
     return tuple(name for name in tensors if name not in slots)
 
 

@@ -63,10 +63,12 @@ class OpenedChange:
         module.__dict__[PATH] = path
         return module
 
-    def fill(self, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
+    ) -> None:
         """Put base weights into a live module; those of a fused parameter all at once."""
         path = module.__dict__[PATH]
-        self.change.fill(module, closed(self.fusions.values(), path, tensors))
+        self.change.fill(module, closed(self.fusions.values(), path, tensors), taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Every parameter of the opened module by plain relative name."""

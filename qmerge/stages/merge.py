@@ -23,15 +23,17 @@ def live_layer(
     change: Change | None,
     unit: Unit,
     weights: Mapping[str, torch.Tensor],
+    *,
+    taken: bool = False,
 ) -> nn.Module:
     """The decoder layer as training saw it: `weights` (names relative to the unit) with the
-    adapter running on top."""
+    adapter running on top. Weights that are `taken` over may be changed by a merge."""
     if change is None:
         layer = skeleton.layer(unit.index)
         fill(layer, weights)
         return layer
     layer = change.live(unit.path)
-    change.fill(layer, _as_kept(skeleton, unit, weights))
+    change.fill(layer, _as_kept(skeleton, unit, weights), taken=taken)
     return layer.requires_grad_(False).eval()
 
 

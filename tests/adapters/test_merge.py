@@ -143,6 +143,23 @@ def test_base_tensors_stay_the_callers(tmp_path: Path) -> None:
     assert tiny.differing(before, base.state_dict()) == set()
 
 
+def test_base_tensors_that_are_taken_over(tmp_path: Path) -> None:
+    """They become the merged ones; what the adapter brought stays as it was for the next time."""
+    base = tiny.model()
+    options = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+    folder = tiny.train(base, options, tmp_path)
+    injection, path = tiny.injected(folder), "model.layers.0"
+    want = tiny.under(tiny.reference(base, folder), path)
+    for _ in range(2):
+        live = injection.live(path)
+        given = {n: t.clone() for n, t in tiny.under(base.state_dict(), path).items()}
+        injection.fill(live, given, taken=True)
+        merged = injection.merge(live)
+        assert tiny.differing(merged, want) == set()
+        name = "self_attn.q_proj.weight"
+        assert merged[name].data_ptr() == given[name].data_ptr()
+
+
 def test_a_random_start_is_drawn_alike(tmp_path: Path) -> None:
     base = tiny.model()
     options = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_1")
