@@ -158,18 +158,20 @@ def _write_unit(
 ) -> ShardRecord:
     """The shard of one unit; what the adapter leaves alone is decoded some rows at a time."""
     weights, merged = source.weights, _merged(source, unit)
+    changed = frozenset(merged)
     stored = {weights.names.to_write(name): name for name in unit.parameters}
     stacks = {own: s for own, s in weights.stacks.items() if s.experts[0][0] in stored}
 
     def whole(own: str) -> torch.Tensor:
         name = stored[own]
-        found = merged.pop(name) if name in merged else weights.tensor(name)
+        # Let go as it is written; asking twice is an error and not the base's own weight.
+        found = merged.pop(name) if name in changed else weights.tensor(name)
         return weights.on_disk(name, found).to(dtype)
 
     def pieces(own: str) -> Iterator[torch.Tensor]:
         if own in stacks:
             return stacks[own].pieces(whole)
-        if stored[own] in merged or stored[own] in weights.turned:
+        if stored[own] in changed or stored[own] in weights.turned:
             return iter([whole(own)])
         return weights.pieces(stored[own], dtype)
 
@@ -216,14 +218,14 @@ def _merged(source: _Source, unit: Unit) -> dict[str, torch.Tensor]:
     if change is None or not any(name in change.touched for name in unit.parameters):
         return {}
     dense = source.weights.unit(unit)
-    if unit.kind != "layer":
-        with source.merging:
+    with source.merging:
+        if unit.kind != "layer":
             found = merge_outer(change, unit, dense)
-    else:
-        with source.merging:
+        else:
             live = live_layer(source.skeleton, change, unit, dense, taken=True)
+            dense.clear()  # some kinds merge into new tensors: the layer alone has the old ones
             relative = merge_layer(change, live)
-        found = {join(unit.path, name): tensor for name, tensor in relative.items()}
+            found = {join(unit.path, name): tensor for name, tensor in relative.items()}
     return {name: tensor for name, tensor in found.items() if name in change.touched}
 
 

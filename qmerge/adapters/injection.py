@@ -85,14 +85,7 @@ class Injection:
         Raises AdapterError for a name that the module does not have.
         """
         path = module.__dict__[unit.PATH]
-        brought = unit.below(self.landing.overrides, path)
-        own = {
-            name: self.landing.overrides[full].to(torch.float32, copy=taken)
-            for name, full in brought.items()
-        }
-        unknown = unit.put(module, {**tensors, **own}, taken=taken)
-        if unknown:
-            raise AdapterError(f"{path} has no parameter {unknown[0]!r}")
+        unit.put(module, tensors, self.landing.overrides, taken=taken)
         for relative, adapted in list(unit.adapted_modules(module)):
             key = join(path, relative)
             if self._waits(key, adapted):

@@ -28,7 +28,7 @@ from qmerge.adapters.landing import (
 from qmerge.adapters.probe import NOOP, NOOP_HINT, Rows, no_rows, same_values
 from qmerge.adapters.source import Adapter, read_tensors
 from qmerge.adapters.spelling import bare, understand
-from qmerge.errors import AdapterError, Fault
+from qmerge.errors import Fault
 
 BASE_LAYER = ".base_layer"
 HOMELESS = (
@@ -67,14 +67,7 @@ class Overlay:
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
     ) -> None:
         """Put base weights into a live module, or the trained ones where there are such."""
-        path = module.__dict__[unit.PATH]
-        own = {
-            name: self.values[full].to(torch.float32, copy=taken)
-            for name, full in unit.below(self.values, path).items()
-        }
-        unknown = unit.put(module, {**tensors, **own})
-        if unknown:
-            raise AdapterError(f"{path} has no parameter {unknown[0]!r}")
+        unit.put(module, tensors, self.values, taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Every parameter by plain relative name."""

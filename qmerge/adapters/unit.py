@@ -215,20 +215,29 @@ def back_to_meta(model: nn.Module) -> None:
 
 
 def put(
-    module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
-) -> tuple[str, ...]:
-    """Place base tensors by plain name; returns the names that the module does not have.
+    module: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    whole: Mapping[str, torch.Tensor],
+    *,
+    taken: bool,
+) -> None:
+    """Place base tensors, by plain name relative to the module, or in their place the `whole`
+    values that training saved, by full name.
 
-    PEFT works on base weights in place: what an adapter changes is copied, unless the tensors are
-    `taken` over.
+    PEFT works on base weights in place: what an adapter changes is copied, unless `tensors` are
+    `taken` over; `whole` never is. Raises AdapterError for a name that the module does not have.
     """
+    path = module.__dict__[PATH]
+    saved = {
+        name: whole[full].to(torch.float32, copy=taken) for name, full in below(whole, path).items()
+    }
     slots = {slot.name: slot for slot in (*base_slots(module), *buffer_slots(module))}
     adapted = {id(slot.owner) for _, top in adapted_modules(module) for slot in base_slots(top)}
-    for name, tensor in tensors.items():
-        if name in slots:
-            kept = not taken and id(slots[name].owner) in adapted
-            slots[name].put(tensor.clone() if kept else tensor)
-    return tuple(name for name in tensors if name not in slots)
+    for name, tensor in {**tensors, **saved}.items():
+        if name not in slots:
+            raise AdapterError(f"{path} has no parameter {name!r}")
+        kept = not taken and id(slots[name].owner) in adapted
+        slots[name].put(tensor.clone() if kept else tensor)
 
 
 def filled(module: nn.Module) -> bool:
