@@ -86,6 +86,8 @@ def test_the_original_is_laid_out_as_its_padded_copy(
         found, expected = original.tensor(parameter), wanted.read(stored).float()
         assert torch.equal(found, expected), parameter
         assert torch.equal(original.rows(parameter, 1, 9), expected[1:9])
+        pieces = original.format.pieces(stored, 5)
+        assert torch.equal(torch.cat([*pieces]), expected), parameter
     assert set(original.format.kept) == {(NARROW, WIDE)}  # type: ignore[attr-defined]
 
 

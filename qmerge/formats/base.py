@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -152,6 +152,16 @@ class PackedWeight(IntegerGrid):
         """The weight [O, I]."""
         return self.decode(self.shape, self.codes, dtype)
 
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Some of the rows."""
+        return replace(
+            self,
+            shape=(stop - start, self.shape[1]),
+            codes=lambda part: self.codes(slice(start + part.start, start + part.stop)),
+            scales_OG=self.scales_OG[start:stop],
+            zeros_OG=self.zeros_OG[start:stop],
+        )
+
     def unpacked(self) -> IntegerWeight:
         grid = {each.name: getattr(self, each.name) for each in fields(IntegerGrid)}
         return IntegerWeight(codes_OI=self.codes(ALL), **grid)
@@ -224,6 +234,10 @@ class Format(Protocol):
         """Rows `start` to `stop`, without decoding the rest where the format allows it."""
         ...
 
+    def pieces(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """All rows, so many at a time, opened once."""
+        ...
+
     def integer(self, name: str) -> IntegerWeight | None:
         """The grid a quantized weight lies on, or None where there is none."""
         ...
@@ -262,6 +276,15 @@ class Reader:
             return self._decode(weight, slice(start, stop), dtype)
         return self.checkpoint.read_rows(name, start, stop).to(dtype, copy=True)
 
+    def pieces(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        weight = self._find(name)
+        grid = self._grid(weight, ALL) if weight.quantized else None
+        for start in range(0, weight.shape[0], rows):
+            stop = min(start + rows, weight.shape[0])
+            yield (
+                grid.rows(start, stop).dense(dtype) if grid else self.rows(name, start, stop, dtype)
+            )
+
     def integer(self, name: str) -> IntegerWeight | None:
         weight = self._find(name)
         grid = self._grid(weight, ALL) if weight.quantized else None
@@ -297,6 +320,12 @@ class Wrapper(Reader):
         own = self._find(name).quantized
         read = super().rows if own else self.inner.rows
         return read(name, start, stop, dtype)
+
+    def pieces(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        """What this one decodes itself it decodes as a whole."""
+        if self._find(name).quantized:
+            return iter(torch.split(self.dense(name, dtype), rows))
+        return self.inner.pieces(name, rows, dtype)
 
 
 def by_rows(

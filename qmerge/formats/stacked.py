@@ -73,5 +73,10 @@ class StackedReader:
         part_OI = expert_RI[first + start : first + stop]
         return part_OI.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
+    def pieces(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        if name not in self._places:
+            return self._inner.pieces(name, rows, dtype)
+        return iter(torch.split(self.dense(name, dtype), rows))
+
     def integer(self, name: str) -> IntegerWeight | None:
         return None if name in self._places else self._inner.integer(name)

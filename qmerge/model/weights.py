@@ -64,19 +64,17 @@ class Weights:
             return past
         return torch.cat([self.format.rows(stored, start, known), past])
 
-    def pieces(self, parameter: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A parameter in `dtype`, some rows at a time, so that memory is used again and again."""
+    def pieces(
+        self, parameter: str, dtype: torch.dtype, elements: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """A parameter in `dtype`, some rows at a time, so that memory is used again and again:
+        about so many elements, PIECE where that is not said."""
         name, shape = self.names.stored[parameter], self.shape(parameter)
         width = max(1, math.prod(shape[1:]))
-        step = max(ALIGNED, PIECE // width // ALIGNED * ALIGNED)
-        if parameter in self.resized:
-            yield self._fitted(parameter, self.format.dense(name, dtype))
-            return
-        if not shape or shape[0] <= step:
-            yield self.format.dense(name, dtype)
-            return
-        for start in range(0, shape[0], step):
-            yield self.format.rows(name, start, min(start + step, shape[0]), dtype)
+        step = max(ALIGNED, (elements or PIECE) // width // ALIGNED * ALIGNED)
+        if shape and parameter not in self.resized:
+            return self.format.pieces(name, step, dtype)
+        return iter([self._fitted(parameter, self.format.dense(name, dtype))])
 
     def row_count(self, parameter: str) -> int:
         if parameter in self.changed:

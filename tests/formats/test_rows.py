@@ -95,3 +95,7 @@ def test_rows_are_those_of_the_whole(form: str, dtype: torch.dtype, tmp_path: Pa
         found = opened.rows(NAME, start, stop, dtype)
         assert found.dtype == dtype
         assert torch.equal(found, whole[start:stop]), (start, stop)
+    for rows in (1, 5, ROWS, 2 * ROWS):
+        pieces = [*opened.pieces(NAME, rows, dtype)]
+        assert {len(piece) for piece in pieces[:-1]} <= {rows}
+        assert torch.equal(torch.cat(pieces), whole), rows

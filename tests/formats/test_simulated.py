@@ -28,6 +28,7 @@ def test_nf4_equals_what_transformers_saved(tiny_original: Path, tiny_nf4: Path)
     assert simulated.summary.quantized == len(names) == 21
     for name in saved.weights:
         assert torch.equal(simulated.dense(name), saved.dense(name)), name
+        assert torch.equal(torch.cat([*simulated.pieces(name, 9)]), saved.dense(name)), name
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "fp4", "int8"])
