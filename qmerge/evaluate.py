@@ -73,7 +73,7 @@ class Model:
 
     def outer(self) -> Weights:
         """What stands outside the layers, with what the adapter does there."""
-        return outer_weights(self.change, self.skeleton.units(), self.weights)
+        return outer_weights(self.skeleton, self.change, self.skeleton.units(), self.weights)
 
 
 def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunResult:

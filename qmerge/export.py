@@ -28,12 +28,12 @@ from qmerge.model.opening import open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights, model_dtype
-from qmerge.names import Unit, join
+from qmerge.names import Unit
 from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
 from qmerge.recipe import Recipe
 from qmerge.release import side_files_of
-from qmerge.stages.merge import live_layer, merge_layer, merge_outer
+from qmerge.stages.merge import merge_module
 from qmerge.storage.shards import (
     ShardRecord,
     copy_file,
@@ -45,6 +45,8 @@ from qmerge.storage.shards import (
 from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
 from qmerge.tuning import open_tuning, tuning_notes
 
+MERGED_AT_ONCE = 1 << 19
+"""Elements that are merged at a time where rows are merged one by one: what stays in cache."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,9 +70,7 @@ def export(
     with _staged(recipe.out) as folder:
         progress.stage("write", len(units))
         work = partial(_write_unit, folder, source, target)
-        # A merge holds whole units: one is decoded or written while another is merged.
-        workers = min(2, cores()) if change else cores()
-        records = list(_in_order(work, units, workers, progress))
+        records = list(_in_order(work, units, cores(), progress))
         write_index(folder, records)
         write_json(folder / "config.json", _config(source, target))
         for relative, path in side_files_of(weights.checkpoint, source.tokenizer).items():
@@ -156,24 +156,15 @@ def _in_order(
 def _write_unit(
     folder: Path, source: _Source, dtype: torch.dtype, number: int, count: int, unit: Unit
 ) -> ShardRecord:
-    """The shard of one unit; what the adapter leaves alone is decoded some rows at a time."""
-    weights, merged = source.weights, _merged(source, unit)
-    changed = frozenset(merged)
+    """The shard of one unit, made some rows at a time where that can be."""
+    weights, merged = source.weights, _Merged(source, unit, dtype)
     stored = {weights.names.to_write(name): name for name in unit.parameters}
     stacks = {own: s for own, s in weights.stacks.items() if s.experts[0][0] in stored}
 
-    def whole(own: str) -> torch.Tensor:
-        name = stored[own]
-        # Let go as it is written; asking twice is an error and not the base's own weight.
-        found = merged.pop(name) if name in changed else weights.tensor(name)
-        return weights.on_disk(name, found).to(dtype)
-
     def pieces(own: str) -> Iterator[torch.Tensor]:
         if own in stacks:
-            return stacks[own].pieces(whole)
-        if stored[own] in changed or stored[own] in weights.turned:
-            return iter([whole(own)])
-        return weights.pieces(stored[own], dtype)
+            return stacks[own].pieces(lambda name: merged.whole(stored[name]))
+        return merged.pieces(stored[own])
 
     def held(own: str) -> Iterator[torch.Tensor]:
         # Codes times steps of 16 bits do not come near; looking at them all would cost time.
@@ -182,9 +173,68 @@ def _write_unit(
 
     path = folder / f"model-{number:05}-of-{count:05}.safetensors"
     record = write_pieces(path, _shapes(weights, stored, stacks, dtype), held)
-    if source.change is not None:
+    if merged.as_a_whole:
         give_back()  # each thread has a heap of its own
     return record
+
+
+class _Merged:
+    """The parameters of one unit as they are written, in `dtype`, the adapters merged in float32.
+
+    What is plain LoRA is merged while it is decoded, some rows at a time; whatever else an adapter
+    changes, one module at a time.
+    """
+
+    def __init__(self, source: _Source, unit: Unit, dtype: torch.dtype) -> None:
+        self._source, self._unit, self._dtype = source, unit, dtype
+        self._weights, change = source.weights, source.change
+        touched = change.touched.intersection(unit.parameters) if change else ()
+        by_rows = {}
+        with source.merging:
+            for name in touched:
+                turned = name in source.weights.turned
+                by_rows[name] = change.row_merger(name) if change and not turned else None
+        self._by_rows = {name: merge for name, merge in by_rows.items() if merge is not None}
+        self.as_a_whole = by_rows.keys() - self._by_rows.keys()
+        """Parameters that are merged with all of their module."""
+        self._waiting: dict[str, torch.Tensor] = {}
+
+    def whole(self, parameter: str) -> torch.Tensor:
+        """All of one parameter."""
+        if parameter in self._by_rows:
+            return torch.cat([*self._rows(parameter)])
+        if parameter in self.as_a_whole:
+            found = self._merge(parameter)
+        else:
+            found = self._weights.tensor(parameter)
+        return self._weights.on_disk(parameter, found).to(self._dtype)
+
+    def pieces(self, parameter: str) -> Iterator[torch.Tensor]:
+        """The same, some rows at a time."""
+        if parameter in self._by_rows:
+            return self._rows(parameter)
+        if parameter in self.as_a_whole or parameter in self._weights.turned:
+            return iter([self.whole(parameter)])
+        return self._weights.pieces(parameter, self._dtype)
+
+    def _rows(self, parameter: str) -> Iterator[torch.Tensor]:
+        merge, start = self._by_rows[parameter], 0
+        for rows in self._weights.pieces(parameter, torch.float32, MERGED_AT_ONCE):
+            yield merge(start, rows).to(self._dtype)
+            start += len(rows)
+
+    def _merge(self, parameter: str) -> torch.Tensor:
+        """A parameter that its module is merged for; the module's others wait until they are asked
+        for, and each is let go as it is written."""
+        source, waiting = self._source, self._waiting
+        assert source.change is not None
+        if parameter not in waiting:
+            with source.merging:
+                found = merge_module(
+                    source.skeleton, source.change, self._unit, parameter, source.weights
+                )
+                waiting |= {n: found[n].to(self._dtype) for n in self.as_a_whole & found.keys()}
+        return waiting.pop(parameter)
 
 
 def _held(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -210,23 +260,6 @@ def _shapes(
         single = torch.empty(weights.shape(name), dtype=dtype, device="meta")
         meta[own] = weights.on_disk(name, single)
     return meta
-
-
-def _merged(source: _Source, unit: Unit) -> dict[str, torch.Tensor]:
-    """The parameters of a unit that the adapters change, merged in float32."""
-    change = source.change
-    if change is None or not any(name in change.touched for name in unit.parameters):
-        return {}
-    dense = source.weights.unit(unit)
-    with source.merging:
-        if unit.kind != "layer":
-            found = merge_outer(change, unit, dense)
-        else:
-            live = live_layer(source.skeleton, change, unit, dense, taken=True)
-            dense.clear()  # some kinds merge into new tensors: the layer alone has the old ones
-            relative = merge_layer(change, live)
-            found = {join(unit.path, name): tensor for name, tensor in relative.items()}
-    return {name: tensor for name, tensor in found.items() if name in change.touched}
 
 
 def cores() -> int:

@@ -671,7 +671,7 @@ def _outer_weights(job: Job, units: tuple[Unit, ...]) -> dict[str, Weights]:
     for strategy in dict.fromkeys(("dequantize", *job.strategies)):
         source = job.base if strategy == "dequantize" else job.original
         assert source is not None
-        merged = outer_weights(job.change, units, source)
+        merged = outer_weights(job.skeleton, job.change, units, source)
         if strategy == "dequantize":
             found[REFERENCE] = merged
         found[merged_arm(strategy)] = merged

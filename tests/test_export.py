@@ -64,6 +64,7 @@ def test_units_merged_beside_one_another_equal_peft(
     live = PeftModel.from_pretrained(dense_model(tmp_path / "dense"), tiny_adapter)
     want = live.merge_and_unload().state_dict()
     monkeypatch.setattr("qmerge.export.cores", lambda: cores)
+    monkeypatch.setattr("qmerge.export.MERGED_AT_ONCE", 1)
     recipe = Recipe(base=tiny_nf4, out=tmp_path / "merged", adapter=(str(tiny_adapter),))
     export(recipe, dtype="float32")
     merged = Checkpoint.open(tmp_path / "merged")

@@ -99,6 +99,7 @@ FILES = {
         "spelling",
         "source",
         "unit",
+        "rowwise",
         "landing",
         "injection",
         "probe",

@@ -5,6 +5,7 @@ from qmerge.adapters.combine import METHODS, combine
 from qmerge.adapters.inject import inject
 from qmerge.adapters.injection import Injection
 from qmerge.adapters.overlay import Overlay, overlay
+from qmerge.adapters.rowwise import MergeRows
 from qmerge.adapters.source import Adapter, open_adapter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Chain",
     "Change",
     "Injection",
+    "MergeRows",
     "Overlay",
     "combine",
     "inject",

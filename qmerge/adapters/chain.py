@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qmerge.adapters import unit
+from qmerge.adapters.rowwise import MergeRows
 from qmerge.errors import Fault
 
 BEFORE = "_qmerge_before"
@@ -38,6 +39,7 @@ class Change(Protocol):
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
     ) -> None: ...
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]: ...
+    def row_merger(self, parameter: str) -> MergeRows | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +101,17 @@ class Chain:
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Merge the last change too; the module becomes plain."""
         return self.links[-1].merge(module)
+
+    def row_merger(self, parameter: str) -> MergeRows | None:
+        """Every change that touches it in turn; None where one of them takes more than rows."""
+        found = [link.row_merger(parameter) for link in self.links if parameter in link.touched]
+        merges = [merge for merge in found if merge is not None]
+        if len(merges) < len(found):
+            return None
+
+        def merge(start: int, rows_RI: torch.Tensor) -> torch.Tensor:
+            for each in merges:
+                rows_RI = each(start, rows_RI)
+            return rows_RI
+
+        return merge

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from qmerge.adapters import unit
+from qmerge.adapters.kinds import base_init
 from qmerge.adapters.landing import Landing
+from qmerge.adapters.rowwise import MergeRows, merger_of
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, Fault
 from qmerge.names import join, under
@@ -108,6 +110,16 @@ class Injection:
                 f"{self.adapter.path}: PEFT cannot merge {module.__dict__[unit.PATH]}: {error}",
                 hint=LIVE_HINT,
             ) from error
+
+    def row_merger(self, parameter: str) -> MergeRows | None:
+        """What merges a parameter that it touches some rows at a time; None where that takes
+        more than those rows."""
+        path, _, name = parameter.rpartition(".")
+        if name != "weight" or path not in self.adapted or parameter in self.landing.overrides:
+            return None
+        if base_init(self.adapter.config) is not None:
+            return None
+        return merger_of(self.live(path).get_submodule(unit.HELD), unit.ADAPTER)
 
     def _waits(self, key: str, module: nn.Module) -> bool:
         """Whether PEFT has yet to make this layer again, and now has all of the base for it."""

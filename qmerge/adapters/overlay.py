@@ -26,6 +26,7 @@ from qmerge.adapters.landing import (
     wrong_values,
 )
 from qmerge.adapters.probe import NOOP, NOOP_HINT, Rows, no_rows, same_values
+from qmerge.adapters.rowwise import MergeRows
 from qmerge.adapters.source import Adapter, read_tensors
 from qmerge.adapters.spelling import bare, understand
 from qmerge.errors import Fault
@@ -72,6 +73,10 @@ class Overlay:
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Every parameter by plain relative name."""
         return unit.plain_tensors(module)
+
+    def row_merger(self, parameter: str) -> MergeRows | None:
+        """Of no use where a whole parameter is at hand."""
+        return None
 
 
 def overlay(

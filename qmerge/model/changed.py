@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qmerge.adapters import Change
+from qmerge.adapters import Change, MergeRows
 from qmerge.errors import Fault
 from qmerge.model.experts import Fusion, closed, opened
 from qmerge.model.skeleton import Skeleton
+from qmerge.names import module_of
 
 PATH = "_qmerge_opened_path"
 
@@ -47,7 +48,8 @@ class OpenedChange:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        return self.change.adapted
+        fused = (module_of(parameter) for parameter in self.fusions)
+        return tuple(dict.fromkeys((*self.change.adapted, *fused)))
 
     @property
     def unties(self) -> bool:
@@ -74,6 +76,10 @@ class OpenedChange:
         """Every parameter of the opened module by plain relative name."""
         path = module.__dict__[PATH]
         return opened(self.fusions.values(), path, self.change.merge(module))
+
+    def row_merger(self, parameter: str) -> MergeRows | None:
+        """Of a part of a fused parameter there is none."""
+        return self.change.row_merger(parameter) if parameter in self.change.touched else None
 
 
 def on_opened(skeleton: Skeleton, change: Change) -> Change:

@@ -19,21 +19,16 @@ from qmerge.names import Unit, join, module_of, under
 
 
 def live_layer(
-    skeleton: Skeleton,
-    change: Change | None,
-    unit: Unit,
-    weights: Mapping[str, torch.Tensor],
-    *,
-    taken: bool = False,
+    skeleton: Skeleton, change: Change | None, unit: Unit, weights: Mapping[str, torch.Tensor]
 ) -> nn.Module:
     """The decoder layer as training saw it: `weights` (names relative to the unit) with the
-    adapter running on top. Weights that are `taken` over may be changed by a merge."""
+    adapter running on top."""
     if change is None:
         layer = skeleton.layer(unit.index)
         fill(layer, weights)
         return layer
     layer = change.live(unit.path)
-    change.fill(layer, _as_kept(skeleton, unit, weights), taken=taken)
+    change.fill(layer, _as_kept(skeleton, unit.path, weights))
     return layer.requires_grad_(False).eval()
 
 
@@ -45,33 +40,30 @@ def merge_layer(change: Change | None, live: nn.Module) -> dict[str, torch.Tenso
 
 
 def _as_kept(
-    skeleton: Skeleton, unit: Unit, weights: Mapping[str, torch.Tensor]
+    skeleton: Skeleton, path: str, weights: Mapping[str, torch.Tensor]
 ) -> Mapping[str, torch.Tensor]:
     """Transposed weights in the order of memory that transformers keeps them in, so that PEFT's
     sums over them come out equal to the last bit."""
     if not skeleton.turned:
         return weights
-    turned = {name for name in weights if join(unit.path, name) in skeleton.turned}
+    turned = {name for name in weights if join(path, name) in skeleton.turned}
     return {n: t.T.contiguous().T if n in turned else t for n, t in weights.items()}
 
 
-def merge_outer(
-    change: Change, unit: Unit, weights: Mapping[str, torch.Tensor]
+def merge_module(
+    skeleton: Skeleton, change: Change, unit: Unit, parameter: str, source: Weights
 ) -> dict[str, torch.Tensor]:
-    """Merge what the adapter does outside the layers (embeddings, norms, head).
-
-    Only the tensors that change are returned, by full parameter name.
-    """
-    changed: dict[str, torch.Tensor] = {}
-    touched = [name for name in unit.parameters if name in change.touched]
-    for path in dict.fromkeys(_place(change, name) for name in touched):
-        live = change.live(path)
-        own = {r: t for name, t in weights.items() if (r := under(name, path)) is not None}
-        change.fill(live, own)
-        merged = change.merge(live)
-        changed |= {f"{path}.{name}": tensor for name, tensor in merged.items()}
-    assert changed.keys() >= set(touched), "a change that nobody merged"
-    return changed
+    """Merge what has to be merged with a parameter that the adapter changes, and nothing more of
+    its unit: float32, by full parameter name."""
+    path = _place(change, parameter)
+    names = {r: name for name in unit.parameters if (r := under(name, path)) is not None}
+    dense = {relative: source.tensor(name) for relative, name in names.items()}
+    live = change.live(path)
+    change.fill(live, _as_kept(skeleton, path, dense), taken=not source.changed)
+    del dense  # some kinds merge into new tensors: the module alone has the old ones
+    merged = {join(path, name): t.contiguous() for name, t in change.merge(live).items()}
+    assert parameter in merged, "a change that nobody merged"
+    return merged
 
 
 def _place(change: Change, parameter: str) -> str:
@@ -91,12 +83,14 @@ def live_outer(skeleton: Skeleton, change: Change, path: str, source: Weights) -
     return live
 
 
-def outer_weights(change: Change | None, units: Iterable[Unit], source: Weights) -> Weights:
+def outer_weights(
+    skeleton: Skeleton, change: Change | None, units: Iterable[Unit], source: Weights
+) -> Weights:
     """A checkpoint whose parameters outside the layers carry the adapter, in float32."""
     changed: dict[str, torch.Tensor] = {}
     if change is not None:
-        for unit in units:
-            touched = any(name in change.touched for name in unit.parameters)
-            if unit.kind != "layer" and touched:
-                changed |= merge_outer(change, unit, source.unit(unit))
+        for unit in (unit for unit in units if unit.kind != "layer"):
+            for name in change.touched.intersection(unit.parameters) - changed.keys():
+                if name not in changed:
+                    changed |= merge_module(skeleton, change, unit, name, source)
     return replace(source, changed=changed) if changed else source

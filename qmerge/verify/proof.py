@@ -98,7 +98,7 @@ class Proof:
     def run(self, progress: Progress, *, has_text: bool) -> None:
         self.has_text = has_text
         units = self.job.skeleton.units()
-        merged_outer = outer_weights(self.job.change, units, self.origin)
+        merged_outer = outer_weights(self.job.skeleton, self.job.change, units, self.origin)
         progress.stage("prove", len(units))
         with tempfile.TemporaryDirectory(prefix="qmerge-") as scratch:
             text = _Text(self.job, self.release, Path(scratch)) if has_text else None

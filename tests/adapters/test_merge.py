@@ -75,6 +75,43 @@ def test_lora_equals_merge_and_unload(variant: str, tmp_path: Path) -> None:
     assert injection.touched == tiny.differing(base.state_dict(), want)
 
 
+WIDE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 200, "tie_word_embeddings": False}
+BY_ROWS = {
+    "plain": 14,
+    "rslora": 14,
+    "patterns": 14,
+    "one layer": 1,
+    "regex": 2,
+    "excluded": 2,
+    "bf16 adapter": 2,
+    "float8 adapter": 2,
+    "whole modules": 2,
+    "embedding": 2,
+    "head": 2,
+    "tokens": 2,
+    "gaussian": 2,
+    "orthogonal": 2,
+    "monteclora": 2,
+}
+"""Weights that can be merged some rows at a time; in the other variants there is none."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_some_rows_at_a_time_equal_merge_and_unload(variant: str, tmp_path: Path) -> None:
+    base = tiny.model(**WIDE)
+    folder = tiny.train(base, LoraConfig(**VARIANTS[variant]), tmp_path)
+    want = tiny.reference(base, folder)
+    injection = tiny.injected(folder, **WIDE)
+    mergers = {name: injection.row_merger(name) for name in injection.touched}
+    found = {name: merge for name, merge in mergers.items() if merge is not None}
+    for name, merge in found.items():
+        for _ in range(2):  # the adapter stays as it was
+            parts = base.state_dict()[name].clone().split(64)
+            merged = [merge(64 * number, part) for number, part in enumerate(parts)]
+            assert torch.equal(torch.cat(merged), want[name]), name
+    assert len(found) == BY_ROWS.get(variant, 0)
+
+
 def _to(folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
