@@ -547,10 +547,10 @@ class Walk:
                 for strategy, tensors in shards.items()
             }
             moved = unit.kind in ("embedding", "layer")
-            digests = self.streams.commit() if moved else {}
+            sums = self.streams.commit() if moved else {}
             event = {
                 "generation": self.streams.generation ^ int(moved),
-                "streams": digests,
+                "streams": sums,
                 "shards": encode(records),
                 "layers": encode(layers),
                 "spent": self._spent(),
