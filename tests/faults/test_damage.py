@@ -82,7 +82,7 @@ def test_a_torn_line_of_the_journal_costs_one_layer(job: Job, whole: Callable[[J
     assert job.run(at="fsync *.jsonl", nth=5).code < 0  # layer 1 is written, layer 2 not begun
     assert job.finished() == 3
     cut(job.partial / "journal.jsonl")
-    assert job.run(at="create *streams/*", nth=1).code < 0
+    assert job.run(at="write *streams/*", nth=1).code < 0
     assert job.finished() == 2
     assert job.run().code == 0
     whole(job)
