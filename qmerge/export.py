@@ -188,12 +188,12 @@ class _Merged:
     def __init__(self, source: _Source, unit: Unit, dtype: torch.dtype) -> None:
         self._source, self._unit, self._dtype = source, unit, dtype
         self._weights, change = source.weights, source.change
-        touched = change.touched.intersection(unit.parameters) if change else ()
         by_rows = {}
         with source.merging:
-            for name in touched:
-                turned = name in source.weights.turned
-                by_rows[name] = change.row_merger(name) if change and not turned else None
+            for name in unit.parameters:
+                if change and name in change.touched:
+                    turned = name in source.weights.turned
+                    by_rows[name] = None if turned else change.row_merger(name)
         self._by_rows = {name: merge for name, merge in by_rows.items() if merge is not None}
         self.as_a_whole = by_rows.keys() - self._by_rows.keys()
         """Parameters that are merged with all of their module."""

@@ -90,7 +90,7 @@ def outer_weights(
     changed: dict[str, torch.Tensor] = {}
     if change is not None:
         for unit in (unit for unit in units if unit.kind != "layer"):
-            for name in change.touched.intersection(unit.parameters) - changed.keys():
-                if name not in changed:
+            for name in unit.parameters:
+                if name in change.touched and name not in changed:
                     changed |= merge_module(skeleton, change, unit, name, source)
     return replace(source, changed=changed) if changed else source
