@@ -42,6 +42,8 @@ REFERENCE = "trained"
 NOISE = "noise_floor"
 CHECKED_TOKENS = 64
 """Tokens whose logits are compared between the merged model and the live adapter."""
+FEW = 16
+"""Tokens that show how a layer's linears hang together."""
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -91,7 +93,9 @@ class Walk:
         self.weights = _outer_weights(job, self.units)
         self.frames = _frames(job, self.weights)
         self.streams = Streams(workspace.streams, _streams(job))
-        self.calls = move(self._base_frame().calls(self._length()), job.device)
+        frame = self._base_frame()
+        self.calls = move(frame.calls(self._length()), job.device)
+        self.few = move(frame.calls(min(FEW, self._length())), job.device)
         self.seen: dict[str, tuple[Call, ...]] = {}
         """What layers are called with on calibration text with images, by stream."""
 
@@ -317,6 +321,7 @@ class Walk:
         calibration = Calibration(
             read=self._reader(key, unit),
             read_reference=self._reader(twin, unit) if self.job.settings.asymmetric else None,
+            sample=self._sample(key, unit),
             windows=self.job.calibration.tokens.shape[0],
             at_once=self.job.at_once,
             waiting=self.job.waiting,
@@ -355,6 +360,15 @@ class Walk:
             return hidden, call.part(start, stop)
 
         return read
+
+    def _sample(self, key: str, unit: Unit) -> tuple[torch.Tensor, Call]:
+        """The first tokens of the first window; all of one that may hold images."""
+        hidden, call = self._reader(key, unit)(0, 1)
+        return (
+            (hidden, call)
+            if self.job.calibration.inputs
+            else (hidden[:, :FEW], self.few[unit.index])
+        )
 
     def _weights(
         self, unit: Unit, strategy: str, merged: Tensors, origins: Mapping[str, Tensors]

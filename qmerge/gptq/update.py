@@ -131,8 +131,8 @@ class _Stack:
         self.merged_OI, self.origin_OI = merged_OI.to(dtype), origin_OI.to(dtype)
         self.update_OI = self.merged_OI - self.origin_OI
         self.H_II = torch.zeros_like(H_II) if self.factor.is_nearest else H_II
-        still = not bool(self.update_OI.any())
-        self.moved_OI = self.update_OI if still else self.update_OI @ self.H_II
+        self.still = not bool(self.update_OI.any())
+        self.moved_OI = self.update_OI if self.still else self.update_OI @ self.H_II
         self.energy_P = self.along_update(self.update_OI)
         alone_P = per_part(self.update_OI.abs().sum(1), rows) == 0
         self.kept_O = per_row(alone_P, rows) & (base is not None)
@@ -149,38 +149,44 @@ class _Stack:
 
     def along_update(self, E_OI: Tensor) -> Tensor:
         """⟨E, D⟩_H of each sibling, float64 [P]."""
+        if self.still:
+            return torch.zeros(len(self.rows), dtype=torch.float64, device=E_OI.device)
         return per_part((E_OI * self.moved_OI).sum(1), self.rows)
 
     def target(self, drift_II: Tensor | None, residual_OI: Tensor | None) -> Tensor:
         """What to aim at; rows that keep the base's codes aim at the base."""
         target_OI = aim(self.merged_OI, self.factor, drift_II, residual_OI)
+        if not bool(self.kept_O.any()):
+            return target_OI
         return torch.where(self.kept_O[:, None], self.origin_OI, target_OI)
 
     def on_base(self, target_OI: Tensor, base: Grid, unit_survival: bool) -> tuple[Update, ...]:
         """Codes on the base's grid as it is, by a few passes."""
-        kappa_P = torch.ones_like(self.energy_P)
+        kappa_P, aimed_OI = torch.ones_like(self.energy_P), target_OI
         found = solve(target_OI, self.factor, self.spec, grid=base)
         loss_P = per_part(found.loss_O, self.rows)
         for _ in range(ANCHORED_PASSES - 1 if unit_survival else 0):
             kappa_P = self.push(target_OI, found, kappa_P, ANCHORED_FURTHEST)
-            found = solve(self.pushed(target_OI, kappa_P), self.factor, self.spec, grid=base)
-        return self.updates(found, torch.ones_like(self.kept_O), None, loss_P, kappa_P)
+            aimed_OI = self.pushed(target_OI, kappa_P)
+            found = solve(aimed_OI, self.factor, self.spec, grid=base)
+        every_O = torch.ones_like(self.kept_O)
+        return self.updates(found, aimed_OI, every_O, None, loss_P, kappa_P)
 
     def on_either(self, target_OI: Tensor, unit_survival: bool, refine: bool) -> tuple[Update, ...]:
         """Each row's codes on the better of two grids, with steps refitted to them."""
         found, based_O, fresh_P, based_P = self.first_pass(target_OI)
-        kappa_P = torch.ones_like(self.energy_P)
+        kappa_P, aimed_OI = torch.ones_like(self.energy_P), target_OI
         unit_survival = unit_survival and bool((self.energy_P > 0).any())
         if not self.factor.is_nearest and (unit_survival or refine):
             if unit_survival:
                 kappa_P = self.push(target_OI, found, kappa_P, FURTHEST)
             if refine:
                 found = self.refitted(target_OI, found, whole=False)
-            pushed_OI = self.pushed(target_OI, kappa_P)
-            found = solve(pushed_OI, self.factor, self.spec, grid=grid_of(found))
+            aimed_OI = self.pushed(target_OI, kappa_P)
+            found = solve(aimed_OI, self.factor, self.spec, grid=grid_of(found))
             if refine:
                 found = self.refitted(target_OI, found, whole=unit_survival)
-        return self.updates(found, based_O, fresh_P, based_P, kappa_P)
+        return self.updates(found, aimed_OI, based_O, fresh_P, based_P, kappa_P)
 
     def first_pass(self, target_OI: Tensor) -> tuple[Solution, Tensor, Tensor, Tensor | None]:
         """Rows on the better grid, which are on the base's, and the loss of either per sibling."""
@@ -229,16 +235,21 @@ class _Stack:
     def updates(
         self,
         found: Solution,
+        aimed_OI: Tensor,
         based_O: Tensor,
         fresh_P: Tensor | None,
         based_P: Tensor | None,
         kappa_P: Tensor,
     ) -> tuple[Update, ...]:
-        """Split siblings apart, measured against the merged weight."""
-        loss_O = output_squares(found.weight_OI - self.merged_OI, self.H_II)
-        found = replace(found, loss_O=loss_O)
+        """Split siblings apart, measured against the merged weight.
+
+        Where that was `aimed_OI` itself, its loss is that of the pass.
+        """
+        if aimed_OI is not self.merged_OI:
+            loss_O = output_squares(found.weight_OI - self.merged_OI, self.H_II)
+            found = replace(found, loss_O=loss_O)
         kept_P = self.along_update(found.weight_OI - self.origin_OI)
-        noise_P = per_part(loss_O, self.rows)
+        noise_P = per_part(found.loss_O, self.rows)
         anchored_P = per_part(based_O, self.rows)
         result = []
         for part, solution in enumerate(found.split(self.rows)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from qmerge.gptq import output_squares
@@ -66,12 +67,12 @@ def survival_of(
 ) -> Survival:
     """The same from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for the update D
     and what the release has of it, E."""
+    if torch.equal(base_OI, merged_OI):
+        return Survival()
     squares = sum(
         float((merged_OI[part].double() - base_OI[part].double()).square().sum())
         for part in _parts(base_OI)
     )
-    if squares == 0.0:
-        return Survival()
     rms = math.sqrt(squares / base_OI.numel())
     comparable = codes_OI is not None and base_codes_OI is not None
     comparable = comparable and codes_OI.shape == base_codes_OI.shape  # type: ignore[union-attr]

@@ -76,6 +76,8 @@ class Calibration:
 
     read: ReadWindows
     read_reference: ReadWindows | None
+    sample: tuple[Hidden, Call]
+    """The beginning of a window: enough to see what linears read, and where they write."""
     windows: int
     at_once: int
     waiting: bool
@@ -167,7 +169,8 @@ class Requantizer:
 
     def run(self, calibration: Calibration) -> Iterator[tuple[Hidden, Hidden | None]]:
         """Quantize everything; outputs of the release's layer and of the reference's, in order."""
-        first, call = calibration.read(0, 1)
+        # Of few tokens most experts would get none.
+        first, call = calibration.read(0, 1) if self._blocks else calibration.sample
         siblings = sibling_groups(self._reference, first, call, self._twins)
         groups = [own for group in siblings for own in self._alike(group)]
         if calibration.read_reference is not None:

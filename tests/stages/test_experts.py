@@ -111,6 +111,7 @@ def requantized(
     calibration = Calibration(
         read=lambda start, stop: (hidden[start:stop], call),
         read_reference=lambda start, stop: (hidden[start:stop], call),
+        sample=(hidden[:1], call),
         windows=WINDOWS,
         at_once=2,
         waiting=waiting,

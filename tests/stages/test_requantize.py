@@ -65,6 +65,7 @@ def requantized(
     calibration = Calibration(
         read=reader(drifted),
         read_reference=reader(hidden) if settings.asymmetric else None,
+        sample=(drifted[:1], calls[0]),
         windows=WINDOWS,
         at_once=4,
         waiting=waiting,
