@@ -113,6 +113,32 @@ def record(rows: Mapping[str, Taken]) -> str:
     return json.dumps({name: asdict(took) for name, took in rows.items()}, indent=2)
 
 
+def layer_inputs(model: Path) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Layers of a model of Qwen3's make; each distinct input of the linears of one, its width and
+    the out features that read it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = ((hidden, queries + 2 * keys), (queries, hidden))
+    return config.num_hidden_layers, (*attention, (hidden, 2 * inner), (inner, hidden))
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of a large fp32 product on this machine."""
+    import torch
+
+    matrix = torch.randn(2048, 2048)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
 def topics() -> list[str]:
     """English text that every Python has."""
     from qmerge.demo import reference_topics
