@@ -6,6 +6,7 @@ O, I: out and in features; H: hidden width.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -37,23 +38,24 @@ DECODING = 20
 def token_bytes(skeleton: Skeleton) -> int:
     """Bytes of activations per token at a layer's widest point: what the MLP holds at once."""
     widest = max(module.out_features for module in skeleton.linears().values())
-    hidden = int(text_config(skeleton.model.config).hidden_size)
-    return 4 * (8 * hidden + 5 * widest)
+    return 4 * (2 * _hidden(skeleton) + 5 * widest)
 
 
-def waiting_bytes(skeleton: Skeleton) -> int:
-    """Bytes per token of a forward that waits before a linear: what goes into the layer and into
-    the module, and about half of what the layer's linears put out, which the module still names."""
-    prefix = skeleton.layer_path(0) + "."
-    # Experts work in turn: what goes into all of them is held, and what came out so far.
+def waiting_bytes(skeleton: Skeleton, length: int) -> int:
+    """Bytes per token of a forward that waits before a linear."""
     experts = {module_of(part) for fusion in skeleton.fusions for part in fusion.parts}
+    if not experts:
+        with suppress(RuntimeError, NotImplementedError):
+            return machine.held_bytes(skeleton, length)
+    # What goes into the layer and into the module, and about half of what the layer's linears put
+    # out. Experts work in turn: what goes into all of them is held, and what came out so far.
+    prefix = skeleton.layer_path(0) + "."
     outs = sum(
         linear.out_features
         for name, linear in skeleton.linears().items()
         if name.startswith(prefix) and name not in experts
     )
-    held = 4 if experts else 2
-    return 4 * (held * int(text_config(skeleton.model.config).hidden_size) + outs // 2)
+    return 4 * ((4 if experts else 2) * _hidden(skeleton) + outs // 2)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
@@ -71,9 +73,11 @@ def layer_bytes(skeleton: Skeleton) -> int:
     return 4 * (int(max(sizes)) + 4 * int(widest) ** 2)
 
 
-def working_bytes(skeleton: Skeleton, tokens: int) -> int:
-    """Bytes of one layer at work on a micro-batch."""
-    return layer_bytes(skeleton) + tokens * token_bytes(skeleton)
+def walking_bytes(skeleton: Skeleton, streams: int, tokens: int, held: int) -> int:
+    """Bytes of one layer where the forwards of all streams wait with `held` bytes: its linears are
+    solved, or a micro-batch of `tokens` goes on to the next."""
+    weights, moving = layer_bytes(skeleton), tokens * token_bytes(skeleton)
+    return max(weights, streams * weights // 4 + (1 + streams) * moving // 2) + held
 
 
 def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> PlanSummary:
@@ -154,7 +158,11 @@ def disk_bytes(job: Job) -> int:
     units = job.skeleton.units()
     beside = sum(file.stat().st_size for file in job.base.checkpoint.side_files()) + PAPERS_BYTES
     weights = sum(_planned(job, unit).bytes_out for unit in units)
-    return weights * len(job.strategies) + beside + 2 * 4 * _width(job) * sum(_stream_tokens(job))
+    return (
+        weights * len(job.strategies)
+        + beside
+        + 2 * 4 * _hidden(job.skeleton) * sum(_stream_tokens(job))
+    )
 
 
 def _stream_tokens(job: Job) -> tuple[int, int]:
@@ -171,14 +179,18 @@ def _stream_tokens(job: Job) -> tuple[int, int]:
 def memory_bytes(job: Job) -> int:
     """At the widest point: a layer's weights with the calibration text in it, or the scores."""
     windows, length = job.calibration.tokens.shape
-    layer = working_bytes(job.skeleton, job.at_once * length)
-    waiting = job.settings.streams * windows * length * waiting_bytes(job.skeleton)
-    layer = max(layer + (waiting if job.waiting else 0), _tower_bytes(job))
-    vocabulary = _vocabulary(job)
-    windows = max(corpus.tokens.shape[0] for corpus in job.evaluation)
-    a_window = 4 * length * min(ROWS_AT_ONCE, vocabulary) * len(arm_names(job))
-    seen = _seen_bytes(job)
-    return BESIDE + seen + max(layer, min(a_window * windows, max(LOGIT_BYTES, a_window)))
+    at_once, streams = min(job.at_once, windows), job.settings.streams
+    held = streams * (windows if job.waiting else at_once) * length * job.held
+    layer = walking_bytes(job.skeleton, streams, at_once * length, held)
+    return BESIDE + _seen_bytes(job) + max(layer, _tower_bytes(job), _scoring_bytes(job))
+
+
+def _scoring_bytes(job: Job) -> int:
+    """Logits of all arms on some windows, and the slices of their heads that make them."""
+    arms, rows = len(arm_names(job)), min(ROWS_AT_ONCE, _vocabulary(job))
+    windows, length = max((corpus.tokens.shape for corpus in job.evaluation), key=math.prod)
+    at_once = min(windows, max(1, LOGIT_BYTES // (4 * rows * length * arms)))
+    return 4 * rows * arms * (at_once * length + _hidden(job.skeleton))
 
 
 def _seen_bytes(job: Job) -> int:
@@ -251,9 +263,11 @@ def seconds(job: Job) -> dict[str, float]:
     forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)
     written = machine.digest_seconds() + machine.disk_seconds(job.recipe.out)
     evaluated, calibrated = _stream_tokens(job)
-    spilled = 4 * _width(job) * written
+    spilled = 4 * _hidden(job.skeleton) * written
     logits = sum(c.tokens.numel() for c in job.evaluation) * _vocabulary(job)
-    a_logit = machine.scoring_seconds(device) + _width(job) * machine.product_seconds(device)
+    a_logit = machine.scoring_seconds(device) + _hidden(job.skeleton) * machine.product_seconds(
+        device
+    )
     weights = sum(p.numel() for p in job.skeleton.parameters().values())
     opened = 1 + (job.original is not None) + (job.previous is not None) + len(job.strategies)
     a_weight = DECODING * machine.pass_seconds(device)
@@ -279,7 +293,7 @@ def _solving(job: Job) -> float:
         moments = width_I**2 / 2  # half of a Hessian's products
         if job.settings.asymmetric:
             # Of what the reference's inputs differ by, or the residual stream behind the linear.
-            moments += 2 * rows_O * width_I if rows_O == _width(job) else width_I**2
+            moments += 2 * rows_O * width_I if rows_O == _hidden(job.skeleton) else width_I**2
         solves = machine.PRODUCTS * rows_O * width_I**2 + width_I**3
         taken += product * (tokens * moments + solves)
         taken += width_I * (rounding.per_column + rounding.per_weight * rows_O)
@@ -307,5 +321,5 @@ def _vocabulary(job: Job) -> int:
     return int(job.skeleton.model.get_output_embeddings().weight.shape[0])
 
 
-def _width(job: Job) -> int:
-    return int(text_config(job.skeleton.model.config).hidden_size)
+def _hidden(skeleton: Skeleton) -> int:
+    return int(text_config(skeleton.model.config).hidden_size)

@@ -62,6 +62,8 @@ class Job:
     """The grids of the modules that are quantized, by parameter name without `.weight`."""
     at_once: int
     """Windows of a micro-batch."""
+    held: int
+    """Bytes per token of a forward that waits before a linear."""
     waiting: bool
     """Whether forwards of all calibration windows may wait in a layer at one time."""
     device: torch.device

@@ -25,7 +25,8 @@ from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
 from qmerge.measure.tokens import TokenAccumulator
 from qmerge.model.frame import Frame
 from qmerge.model.layer import called_bytes as bytes_of_calls
-from qmerge.model.layer import fill, move, run
+from qmerge.model.layer import fill, linears, move, run
+from qmerge.model.paused import held_bytes as bytes_held
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.texts import TOKENS_AT_ONCE
 
@@ -163,14 +164,33 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
     call = move(Frame(skeleton, _Zeros(skeleton)).calls(length), device)[0]
     products = sum(tensor.numel() for tensor in weights.values()) * length
     windows = max(1, min(TOKENS_AT_ONCE // length, WORK // products))
-    width = int(text_config(skeleton.model.config).hidden_size)
-    hidden_WSH = torch.randn(windows, length, width, generator=draw).to(device)
+    hidden_WSH = torch.randn(windows, length, _width(skeleton), generator=draw).to(device)
     return _seconds(lambda: run(layer, hidden_WSH, call), device) / (windows * length)
 
 
 def called_bytes(skeleton: Skeleton, length: int) -> int:
     """Of what all layers are called with for a window of text."""
     return bytes_of_calls(Frame(skeleton, _Zeros(skeleton)).calls(length))
+
+
+def held_bytes(skeleton: Skeleton, length: int) -> int:
+    """Of one token of a window of `length` in a forward that waits before a linear, at most: that
+    of any layer, run without memory on the meta device. RuntimeError where one cannot be."""
+    meta, most = torch.device("meta"), 0
+    calls = move(Frame(skeleton, _Zeros(skeleton)).calls(length), meta)
+    hidden_1SH = torch.empty(1, length, _width(skeleton), device=meta)
+    seen = set()
+    for index, call in enumerate(calls):
+        layer = skeleton.layer(index).to(meta)
+        make = frozenset((name, tensor.shape) for name, tensor in layer.named_parameters())
+        if make not in seen:
+            most = max(most, bytes_held(layer, hidden_1SH, call, linears(layer)))
+        seen.add(make)
+    return most // length
+
+
+def _width(skeleton: Skeleton) -> int:
+    return int(text_config(skeleton.model.config).hidden_size)
 
 
 class _Zeros:

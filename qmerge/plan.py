@@ -15,7 +15,7 @@ from pathlib import Path
 from qmerge.adapters import open_adapter
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError, RecipeError
-from qmerge.estimate import room_faults, summarize, waiting_bytes, working_bytes
+from qmerge.estimate import room_faults, summarize, waiting_bytes, walking_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
@@ -138,6 +138,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
+    held = waiting_bytes(skeleton, calibration.tokens.shape[1])
     return Job(
         recipe=_effective(recipe, settings, calibration, loaded.quant),
         skeleton=skeleton,
@@ -153,7 +154,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         strategies=_strategies(recipe, tuning, original, notes),
         specs=specs,
         at_once=at_once,
-        waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once),
+        held=held,
+        waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once, held),
         device=pick_device(recipe.device),
         notes=tuple(notes),
     )
@@ -376,7 +378,7 @@ def _effective(
 
 
 def _may_wait(
-    memory: int, skeleton: Skeleton, streams: int, calibration: Corpus, at_once: int
+    memory: int, skeleton: Skeleton, streams: int, calibration: Corpus, at_once: int, held: int
 ) -> bool:
     """Whether forwards of all calibration windows fit in the stated memory while they wait.
 
@@ -384,5 +386,5 @@ def _may_wait(
     makes the same bytes on any day.
     """
     windows, length = calibration.tokens.shape
-    waiting = streams * windows * length * waiting_bytes(skeleton)
-    return working_bytes(skeleton, at_once * length) + waiting <= memory
+    waiting = streams * windows * length * held
+    return walking_bytes(skeleton, streams, at_once * length, waiting) <= memory

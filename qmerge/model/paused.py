@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from qmerge.model.layer import Hidden
+from qmerge.model.layer import Call, Hidden, forward
 
 
 class Forward(greenlet):
@@ -115,3 +117,39 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def held_bytes(
+    layer: nn.Module, hidden_WSH: Hidden, call: Call, before: Mapping[str, nn.Module]
+) -> int:
+    """What a forward holds at most where it waits, without weights and what layers are called with.
+
+    On the meta device nothing is computed for it.
+    """
+    shared = _storages([call.args, dict(call.kwargs)])
+    waiting, most = Forward(lambda: forward(layer, hidden_WSH, call), before), 0
+    with watched(layer, before, {}):
+        while not waiting.dead:
+            waiting._go_on()
+            named = _named(waiting.gr_frame)
+            most = max(most, sum(size for key, size in named.items() if key not in shared))
+    return most
+
+
+def _named(frame: FrameType | None) -> dict[int, int]:
+    """Storages of the tensors that a frame and those that called it have names for."""
+    found: dict[int, int] = {}
+    while frame is not None:
+        found |= _storages([*frame.f_locals.values()])
+        frame = frame.f_back
+    return found
+
+
+def _storages(values: Any) -> dict[int, int]:
+    """Bytes of what tensors other than parameters are stored in, by where that is."""
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return {
+        (storage := tensor.untyped_storage())._cdata: storage.nbytes()
+        for tensor in tensors
+        if not isinstance(tensor, nn.Parameter)
+    }

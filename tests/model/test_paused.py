@@ -7,7 +7,7 @@ import torch
 
 from qmerge.model.frame import Frame
 from qmerge.model.layer import Call, fill, forward, linears, run
-from qmerge.model.paused import Forward, watched
+from qmerge.model.paused import Forward, held_bytes, watched
 from tests.model.test_frame import State, layer_weights, parts
 
 STOPS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -76,3 +76,32 @@ def test_a_dropped_forward_ends_where_it_waits(
     handle.remove()
     assert waiting.dead
     assert not ran
+
+
+class Named(torch.nn.Module):
+    """A layer of which it can be read off what it names before each of its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(4, 8, bias=False)
+        self.second = torch.nn.Linear(8, 4, bias=False)
+        self.third = torch.nn.Linear(4, 4, bias=False)
+
+    def forward(self, entered: torch.Tensor, *, shared: torch.Tensor) -> torch.Tensor:
+        wide = self.first(entered)  # 4 of each token are named
+        turned = wide.view_as(wide) * 2
+        half = turned[..., ::2]  # a view: no bytes of its own
+        narrow = self.second(turned)  # 4, 8 and 8
+        del wide, half, turned
+        total: torch.Tensor = self.third(narrow + shared)  # 4, 4 and what goes in, 4
+        return total
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_waiting_forward_holds_what_its_frames_name(device: str) -> None:
+    layer = Named().to(device)
+    hidden = torch.zeros(2, 3, 4, device=device)
+    call = Call(kwargs={"shared": torch.zeros(1, 3, 4, device=device)})
+    modules = linears(layer)
+    assert held_bytes(layer, hidden, call, modules) == 4 * 2 * 3 * (4 + 8 + 8)
+    assert held_bytes(layer, hidden, call, {"third": modules["third"]}) == 4 * 2 * 3 * (4 + 4 + 4)
