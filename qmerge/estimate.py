@@ -260,6 +260,7 @@ def _mib(count: int) -> str:
 def seconds(job: Job) -> dict[str, float]:
     """Seconds of a run by its parts, named as the timings of a report are."""
     device, layers = job.device, job.skeleton.layer_count
+    reduced = _reduced(job)
     forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)
     written = machine.digest_seconds() + machine.disk_seconds(job.recipe.out)
     evaluated, calibrated = _stream_tokens(job)
@@ -277,14 +278,22 @@ def seconds(job: Job) -> dict[str, float]:
         "dequantize": a_weight * weights * opened,
         "evaluate": layers * evaluated * (forward + spilled)
         + len(arm_names(job)) * looked_at * a_logit,
-        "requantize": layers * calibrated * (_passes(job) * forward + spilled) + _solving(job),
+        "requantize": layers * calibrated * (_passes(job) * forward * reduced + spilled)
+        + _solving(job, reduced),
         "score": len(arm_names(job)) * logits * a_logit,
         "write": out_bytes * len(job.strategies) * written,
         "report": PAPERS_SECONDS,
     }
 
 
-def _solving(job: Job) -> float:
+def _reduced(job: Job) -> float:
+    """What calibration without a reference takes of its time in float32."""
+    if job.settings.asymmetric:
+        return 1.0
+    return machine.reduced_seconds(job.device) / machine.product_seconds(job.device)
+
+
+def _solving(job: Job, reduced: float) -> float:
     """Seconds of gathering moments and rounding, all layers and strategies."""
     product = machine.product_seconds(job.device)
     rounding = machine.rounding_seconds(job.device)
@@ -295,7 +304,7 @@ def _solving(job: Job) -> float:
             # Of what the reference's inputs differ by, or the residual stream behind the linear.
             moments += 2 * rows_O * width_I if rows_O == _hidden(job.skeleton) else width_I**2
         solves = machine.PRODUCTS * rows_O * width_I**2 + width_I**3
-        taken += product * (tokens * moments + solves)
+        taken += product * (tokens * moments * reduced + solves)
         taken += width_I * (rounding.per_column + rounding.per_weight * rows_O)
     return taken * len(job.strategies)
 

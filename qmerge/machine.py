@@ -28,6 +28,7 @@ from qmerge.model.layer import called_bytes as bytes_of_calls
 from qmerge.model.layer import fill, linears, move, run
 from qmerge.model.paused import held_bytes as bytes_held
 from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.precision import reduced_precision
 from qmerge.texts import TOKENS_AT_ONCE
 
 SQUARE = {"cpu": 768, "cuda": 4096}
@@ -85,6 +86,17 @@ def memory_size(device: torch.device) -> int:
 @cache
 def product_seconds(device: torch.device) -> float:
     """Of one multiplication and addition in a product of large float32 matrices."""
+    return _product(device)
+
+
+@cache
+def reduced_seconds(device: torch.device) -> float:
+    """The same on matrix units, where there are any."""
+    with reduced_precision():
+        return _product(device)
+
+
+def _product(device: torch.device) -> float:
     size = SQUARE.get(device.type, SQUARE["cuda"])
     matrix = torch.ones(size, size, device=device)
     return _seconds(lambda: matrix @ matrix, device) / size**3

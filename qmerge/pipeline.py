@@ -28,6 +28,7 @@ from qmerge.meter import Meter
 from qmerge.names import WEIGHT, module_of
 from qmerge.options import options
 from qmerge.plan import make_plan
+from qmerge.precision import precision_on
 from qmerge.progress import Progress, Silent
 from qmerge.provenance import (
     corpus_record,
@@ -187,6 +188,12 @@ def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
     return encode({"made by": made_by, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
 
 
+def _rounded(job: Job) -> dict[str, str]:
+    """What matrix units rounded in calibration without a reference."""
+    precision = None if job.settings.asymmetric else precision_on(job.device)
+    return {"matrix units": precision} if precision else {}
+
+
 def _compared(job: Job, progress: Progress, *, resumed: bool) -> Job:
     """Before anything is spent on the original: is it what the base was quantized from?
 
@@ -259,7 +266,7 @@ def _result(
         layers=layers,
         worst=_worst(job, scored, strategy.chosen),
         inputs=inputs,
-        versions=versions(),
+        versions=versions() | _rounded(job),
         warnings=(
             *job.notes,
             *_overlaps(job),

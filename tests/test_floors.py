@@ -32,7 +32,7 @@ FLOORS = (
         modules=("errors", "names", "options", "recipe", "results", "progress", "meter"),
         ladder=True,
     ),
-    Floor(name="bytes", modules=("storage", "heap")),
+    Floor(name="bytes", modules=("storage", "heap", "precision")),
     Floor(name="tensors", modules=("formats", "adapters", "gptq")),
     Floor(name="measures", modules=("measure",)),
     Floor(name="models", modules=("corpus", "model")),

@@ -15,6 +15,7 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,6 +43,7 @@ from qmerge.model.layer import Call, Hidden, forward, sibling_groups
 from qmerge.model.paused import Forward, watched
 from qmerge.model.residual import residual_places
 from qmerge.names import join, under
+from qmerge.precision import reduced_precision
 from qmerge.results import FEW_TOKENS, LinearResult, Remedy, Survival
 from qmerge.stages.remedies import alternatives
 
@@ -96,13 +98,20 @@ class Pair:
 
     def reach(self, name: str) -> bool:
         """Bring both to a linear; whether the release's got there."""
-        if self.reference is not None:
-            self.reference.reach(name)
-        return self.release.reach(name)
+        with self.products():
+            if self.reference is not None:
+                self.reference.reach(name)
+            return self.release.reach(name)
 
     def finish(self) -> tuple[Hidden, Hidden | None]:
-        reference = self.reference.finish() if self.reference is not None else None
-        return self.release.finish(), reference
+        with self.products():
+            reference = self.reference.finish() if self.reference is not None else None
+            return self.release.finish(), reference
+
+    def products(self) -> AbstractContextManager[None]:
+        """Around what is computed of them. Of one alone nothing but a Hessian is made, which can
+        be rounded; of two it is what they differ by that counts, and that is small."""
+        return reduced_precision() if self.reference is None else nullcontext()
 
     def drop(self) -> None:
         for each in (self.release, self.reference):
@@ -126,7 +135,8 @@ class Moments:
         """Add the tokens that both forwards bring to the linear they wait before."""
         release, twin = pair.release, pair.reference
         assert release.inputs is not None
-        self.hessian.add(release.inputs)
+        with pair.products():
+            self.hessian.add(release.inputs)
         if twin is None or twin.at != release.at or twin.inputs is None:
             return
         if self.drift is not None:

@@ -3,16 +3,21 @@ there is what the reference has and the release lacks."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from greenlet import getcurrent
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
+from qmerge import precision
 from qmerge.gptq import Drift, GridSpec, Hessian
 from qmerge.job import Settings
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, linears, run
 from qmerge.model.paused import Forward
+from qmerge.precision import reduced_precision
 from qmerge.stages.requantize import (
     Calibration,
     Moments,
@@ -71,7 +76,8 @@ def requantized(
         waiting=waiting,
     )
     outputs = [own for own, _ in work.run(calibration)]
-    return work, outputs, layer, run(layer, drifted, calls[0])
+    with nullcontext() if settings.asymmetric else reduced_precision():
+        return work, outputs, layer, run(layer, drifted, calls[0])
 
 
 @pytest.fixture(params=["asymmetric", "symmetric"])
@@ -88,6 +94,27 @@ def test_both_ways_give_the_same_codes(name: str, settings: Settings) -> None:
         assert torch.equal(weight.codes_OI, anew.packed[linear].codes_OI), linear
         assert torch.equal(weight.scales_OG, anew.packed[linear].scales_OG), linear
     assert torch.allclose(torch.cat(outputs), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_forwards_beside_a_reference_are_in_float32(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, waiting: bool
+) -> None:
+    """They are compared with one another; the others only make moments, which can be rounded."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    monkeypatch.setattr(precision, "_backends", lambda: {"cpu": (matmul, "bf16")})
+    seen, forward = set(), Qwen3MLP.forward
+
+    def told(self: Qwen3MLP, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(getcurrent(), Forward):
+            seen.add(matmul.fp32_precision)
+        return forward(self, x)
+
+    before = matmul.fp32_precision
+    monkeypatch.setattr(Qwen3MLP, "forward", told)
+    requantized("Qwen3", settings, waiting=waiting)
+    assert seen == {before if settings.asymmetric else "bf16"}
+    assert matmul.fp32_precision == before
 
 
 def waiting_at(name: str, inputs: torch.Tensor, stream: torch.Tensor) -> Forward:
