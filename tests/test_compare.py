@@ -14,8 +14,11 @@ import torch
 from qmerge import cli, demo
 from qmerge.compare import compare
 from qmerge.errors import CorpusError, InputError, PlanError
+from qmerge.job import Settings
 from qmerge.recipe import CompareRecipe
 from qmerge.results import Corpora, RunResult
+from qmerge.stages.requantize import Requantizer
+from qmerge.walk import Walk
 from tests.samples import finished, without_adapter_figures
 
 REPORT = "qmerge_report.json"
@@ -152,18 +155,18 @@ def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from qmerge.walk import Walk
 
-    layer = Walk.layer
+    layer, settings_of = Walk.layer, Requantizer._settings_of
+
+    def at_two_bits(self: Requantizer, group: tuple[str, ...]) -> Settings:
+        settings = settings_of(self, group)
+        return dataclasses.replace(settings, spec=dataclasses.replace(settings.spec, bits=2))
 
     def hurt(self: Walk, unit: Any) -> None:
-        whole = self.job
-        if unit.index == 1:
-            settings = whole.settings
-            spec = dataclasses.replace(settings.spec, bits=2)
-            self.job = dataclasses.replace(whole, settings=dataclasses.replace(settings, spec=spec))
-        layer(self, unit)
-        self.job = whole
+        with pytest.MonkeyPatch.context() as patch:
+            if unit.index == 1:
+                patch.setattr(Requantizer, "_settings_of", at_two_bits)
+            layer(self, unit)
 
     monkeypatch.setattr(Walk, "layer", hurt)
     planted, junit = tmp_path / "planted", tmp_path / "gate.xml"
