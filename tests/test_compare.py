@@ -147,7 +147,6 @@ def scored(folder: Path) -> Any:
     return json.loads((folder / REPORT).read_text())
 
 
-@pytest.mark.slow
 def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     options: list[str],
     release: Path,
@@ -187,7 +186,6 @@ def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     assert all(name.startswith("model.layers.1.") for name in grown[:7])
 
 
-@pytest.mark.slow
 def test_checkpoints_are_scored_side_by_side(
     options: list[str],
     release: Path,
