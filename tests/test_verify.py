@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge import cli
+from qmerge import cli, precision
 from qmerge.errors import InputError
 from qmerge.options import build
 from qmerge.pipeline import run
 from qmerge.recipe import Recipe
 from qmerge.release import REPORT, seal, unseal
 from qmerge.reread import read_report
-from qmerge.verify import Against, Verification, verify
+from qmerge.verify import Against, Verification, proof, verify
 from qmerge.verify.findings import Findings
 from qmerge.verify.loading import text_at_hand
 
@@ -427,6 +427,18 @@ def test_a_proof_from_other_inputs_fails(
     assert {"inputs", "error", "survival"} <= set(found.failed)
     found = verify(sound, against=Against(base=against.base, adapters=(), original=None))
     assert "inputs" in found.failed
+
+
+def test_a_plain_one_is_measured_again_in_the_precision_of_its_run(
+    sound: Path, against: Against, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    monkeypatch.setattr(precision, "_backends", lambda: {"cpu": (matmul, "bf16")})
+    asked = {"out": str(tmp_path / "plain"), "objective": "symmetric"}
+    result = run(build(Recipe, asked, file=sound / "qmerge_recipe.yaml"))
+    assert result.versions.get("matrix units") == "bf16"
+    monkeypatch.setattr(proof, "FAR", 1e-4)
+    assert verify(tmp_path / "plain", against=against).failed == ()
 
 
 def test_what_was_merged_onto_the_original_is_proved_from_it(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,13 @@ from qmerge.measure import linear_survival, output_power, pool_survival, relativ
 from qmerge.model.experts import calibrating, count_choices
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, before_linears, fill, move, run, sibling_groups
-from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
+from qmerge.model.skeleton import text_config
 from qmerge.names import WEIGHT, Unit, join
 from qmerge.options import build
 from qmerge.plan import make_plan
+from qmerge.precision import reduced_precision
 from qmerge.progress import Progress
 from qmerge.provenance import folder_record
 from qmerge.recipe import Recipe
@@ -281,6 +283,7 @@ class _Text:
             for group in groups
         }
         with (
+            nullcontext() if self.job.settings.asymmetric else reduced_precision(),
             calibrating(layer, count_choices(layer, self._forwards(layer, call))),
             before_linears(
                 layer, {name: modules[name] for name in moments}, lambda n, x: moments[n].add(x)
