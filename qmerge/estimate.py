@@ -19,7 +19,7 @@ from qmerge.formats.writing import packed_bytes
 from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
-from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.model.skeleton import Skeleton
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.recipe import Recipe
 from qmerge.results import PlannedUnit, PlanSummary
@@ -38,14 +38,14 @@ DECODING = 20
 def token_bytes(skeleton: Skeleton) -> int:
     """Bytes of activations per token at a layer's widest point: what the MLP holds at once."""
     widest = max(module.out_features for module in skeleton.linears().values())
-    return 4 * (2 * _hidden(skeleton) + 5 * widest)
+    return 4 * (2 * skeleton.hidden_size + 5 * widest)
 
 
 def waiting_bytes(skeleton: Skeleton, length: int) -> int:
     """Bytes per token of a forward that waits before a linear."""
     experts = {module_of(part) for fusion in skeleton.fusions for part in fusion.parts}
     if not experts:
-        with suppress(RuntimeError, NotImplementedError):
+        with suppress(RuntimeError):
             return machine.held_bytes(skeleton, length)
     # What goes into the layer and into the module, and about half of what the layer's linears put
     # out. Experts work in turn: what goes into all of them is held, and what came out so far.
@@ -55,7 +55,7 @@ def waiting_bytes(skeleton: Skeleton, length: int) -> int:
         for name, linear in skeleton.linears().items()
         if name.startswith(prefix) and name not in experts
     )
-    return 4 * ((4 if experts else 2) * _hidden(skeleton) + outs // 2)
+    return 4 * ((4 if experts else 2) * skeleton.hidden_size + outs // 2)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
@@ -158,11 +158,8 @@ def disk_bytes(job: Job) -> int:
     units = job.skeleton.units()
     beside = sum(file.stat().st_size for file in job.base.checkpoint.side_files()) + PAPERS_BYTES
     weights = sum(_planned(job, unit).bytes_out for unit in units)
-    return (
-        weights * len(job.strategies)
-        + beside
-        + 2 * 4 * _hidden(job.skeleton) * sum(_stream_tokens(job))
-    )
+    spilled = 2 * 4 * job.skeleton.hidden_size * sum(_stream_tokens(job))
+    return weights * len(job.strategies) + beside + spilled
 
 
 def _stream_tokens(job: Job) -> tuple[int, int]:
@@ -190,7 +187,7 @@ def _scoring_bytes(job: Job) -> int:
     arms, rows = len(arm_names(job)), min(ROWS_AT_ONCE, _vocabulary(job))
     windows, length = max((corpus.tokens.shape for corpus in job.evaluation), key=math.prod)
     at_once = min(windows, max(1, LOGIT_BYTES // (4 * rows * length * arms)))
-    return 4 * rows * arms * (at_once * length + _hidden(job.skeleton))
+    return 4 * rows * arms * (at_once * length + job.skeleton.hidden_size)
 
 
 def _seen_bytes(job: Job) -> int:
@@ -259,16 +256,14 @@ def _mib(count: int) -> str:
 
 def seconds(job: Job) -> dict[str, float]:
     """Seconds of a run by its parts, named as the timings of a report are."""
-    device, layers = job.device, job.skeleton.layer_count
+    device, layers, hidden = job.device, job.skeleton.layer_count, job.skeleton.hidden_size
     reduced = _reduced(job)
     forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)
     written = machine.digest_seconds() + machine.disk_seconds(job.recipe.out)
     evaluated, calibrated = _stream_tokens(job)
-    spilled = 4 * _hidden(job.skeleton) * written
+    spilled = 4 * hidden * written
     logits = sum(c.tokens.numel() for c in job.evaluation) * _vocabulary(job)
-    a_logit = machine.scoring_seconds(device) + _hidden(job.skeleton) * machine.product_seconds(
-        device
-    )
+    a_logit = machine.scoring_seconds(device) + hidden * machine.product_seconds(device)
     weights = sum(p.numel() for p in job.skeleton.parameters().values())
     opened = 1 + (job.original is not None) + (job.previous is not None) + len(job.strategies)
     a_weight = DECODING * machine.pass_seconds(device)
@@ -302,7 +297,7 @@ def _solving(job: Job, reduced: float) -> float:
         moments = width_I**2 / 2  # half of a Hessian's products
         if job.settings.asymmetric:
             # Of what the reference's inputs differ by, or the residual stream behind the linear.
-            moments += 2 * rows_O * width_I if rows_O == _hidden(job.skeleton) else width_I**2
+            moments += 2 * rows_O * width_I if rows_O == job.skeleton.hidden_size else width_I**2
         solves = machine.PRODUCTS * rows_O * width_I**2 + width_I**3
         taken += product * (tokens * moments * reduced + solves)
         taken += width_I * (rounding.per_column + rounding.per_weight * rows_O)
@@ -328,7 +323,3 @@ def _passes(job: Job) -> float:
 def _vocabulary(job: Job) -> int:
     """Rows of the output embedding."""
     return int(job.skeleton.model.get_output_embeddings().weight.shape[0])
-
-
-def _hidden(skeleton: Skeleton) -> int:
-    return int(text_config(skeleton.model.config).hidden_size)

@@ -23,7 +23,7 @@ from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model, told
 from qmerge.model.reshape import Shape, vocabulary_of
-from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.model.skeleton import Skeleton
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import Unit
@@ -221,7 +221,7 @@ def _through_layers(
     """All windows through all layers of one model; its last hidden states by corpus."""
     length = corpora[0].tokens.shape[1]
     at_once = max(1, TOKENS_AT_ONCE // length)
-    width = int(text_config(model.skeleton.model.config).hidden_size)
+    width = model.skeleton.hidden_size
     streams = Streams(
         folder,
         {c.name: Stream(windows=len(c.tokens), length=length, width=width) for c in corpora},

@@ -176,7 +176,7 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
     call = move(Frame(skeleton, _Zeros(skeleton)).calls(length), device)[0]
     products = sum(tensor.numel() for tensor in weights.values()) * length
     windows = max(1, min(TOKENS_AT_ONCE // length, WORK // products))
-    hidden_WSH = torch.randn(windows, length, _width(skeleton), generator=draw).to(device)
+    hidden_WSH = torch.randn(windows, length, skeleton.hidden_size, generator=draw).to(device)
     return _seconds(lambda: run(layer, hidden_WSH, call), device) / (windows * length)
 
 
@@ -190,7 +190,7 @@ def held_bytes(skeleton: Skeleton, length: int) -> int:
     of any layer, run without memory on the meta device. RuntimeError where one cannot be."""
     meta, most = torch.device("meta"), 0
     calls = move(Frame(skeleton, _Zeros(skeleton)).calls(length), meta)
-    hidden_1SH = torch.empty(1, length, _width(skeleton), device=meta)
+    hidden_1SH = torch.empty(1, length, skeleton.hidden_size, device=meta)
     seen = set()
     for index, call in enumerate(calls):
         layer = skeleton.layer(index).to(meta)
@@ -199,10 +199,6 @@ def held_bytes(skeleton: Skeleton, length: int) -> int:
             most = max(most, bytes_held(layer, hidden_1SH, call, linears(layer)))
         seen.add(make)
     return most // length
-
-
-def _width(skeleton: Skeleton) -> int:
-    return int(text_config(skeleton.model.config).hidden_size)
 
 
 class _Zeros:

@@ -25,7 +25,6 @@ from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, move
-from qmerge.model.skeleton import text_config
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import WEIGHT, Unit, join
@@ -364,11 +363,9 @@ class Walk:
     def _sample(self, key: str, unit: Unit) -> tuple[torch.Tensor, Call]:
         """The first tokens of the first window; all of one that may hold images."""
         hidden, call = self._reader(key, unit)(0, 1)
-        return (
-            (hidden, call)
-            if self.job.calibration.inputs
-            else (hidden[:, :FEW], self.few[unit.index])
-        )
+        if self.job.calibration.inputs:
+            return hidden, call
+        return hidden[:, :FEW], self.few[unit.index]
 
     def _weights(
         self, unit: Unit, strategy: str, merged: Tensors, origins: Mapping[str, Tensors]
@@ -653,7 +650,7 @@ class _LayerNotes:
 
 
 def _streams(job: Job) -> dict[str, Stream]:
-    width = int(text_config(job.skeleton.model.config).hidden_size)
+    width = job.skeleton.hidden_size
     found = {}
     for arm in arm_names(job):
         for corpus in job.evaluation:

@@ -154,7 +154,6 @@ def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-
     layer, settings_of = Walk.layer, Requantizer._settings_of
 
     def at_two_bits(self: Requantizer, group: tuple[str, ...]) -> Settings:

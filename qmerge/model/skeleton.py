@@ -49,6 +49,11 @@ class Skeleton:
     def layer_path(self, index: int) -> str:
         return f"{self.layers_path}.{index}"
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(text_config(self.model.config).hidden_size)
+
     def layer(self, index: int) -> nn.Module:
         """A fresh copy of one decoder layer: parameters on meta, computed buffers real."""
         layer: nn.Module = copy.deepcopy(self.model.get_submodule(self.layer_path(index)))

@@ -27,7 +27,6 @@ from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, before_linears, fill, move, run, sibling_groups
 from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
-from qmerge.model.skeleton import text_config
 from qmerge.names import WEIGHT, Unit, join
 from qmerge.options import build
 from qmerge.plan import make_plan
@@ -257,7 +256,7 @@ class _Text:
     def __init__(self, job: Job, release: Weights, scratch: Path) -> None:
         self.job, self.release = job, release
         windows, length = job.calibration.tokens.shape
-        width = int(text_config(job.skeleton.model.config).hidden_size)
+        width = job.skeleton.hidden_size
         self.streams = Streams(scratch, {TEXT: Stream(windows=windows, length=length, width=width)})
         self.frame = frame = Frame(job.skeleton, release)
         calls = frame.enter_all(

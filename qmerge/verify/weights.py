@@ -16,7 +16,7 @@ from qmerge.formats.base import IntegerWeight
 from qmerge.model.experts import blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
-from qmerge.model.skeleton import Skeleton, text_config
+from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.progress import Progress
@@ -147,7 +147,7 @@ class WeightChecks:
         if len(relative) < len(unit.parameters):
             return
         fill(layer, relative)
-        width = int(text_config(self.skeleton.model.config).hidden_size)
+        width = self.skeleton.hidden_size
         hidden = torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(0))
         for group in sibling_groups(layer, hidden, call, linears(layer)):
             places: dict[str, list[str]] = defaultdict(list)
