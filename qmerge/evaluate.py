@@ -16,6 +16,7 @@ from qmerge import __version__
 from qmerge.adapters import Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, InputError, PlanError
+from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
 from qmerge.measure import check_limits, limits_of, score_arms
 from qmerge.meter import Meter
@@ -82,6 +83,7 @@ def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunRes
     Raises `PlanError` with everything that cannot be opened. Memory is one layer of one model and
     a few windows; hidden states are spilled to a temporary folder.
     """
+    keep_freed()
     with Meter() as meter:
         return _evaluate(recipe, progress or Silent(), meter)
 

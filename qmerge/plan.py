@@ -20,6 +20,7 @@ from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
+from qmerge.heap import keep_freed
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.machine import existing
 from qmerge.model.frame import probe
@@ -82,6 +83,7 @@ class Plan:
 
 def make_plan(recipe: Recipe) -> Plan:
     """Open everything, check everything, spend nothing."""
+    keep_freed()
     faults = Faults()
     job = _make_job(recipe, faults)
     faults.found += room_faults(job) if job else []
