@@ -50,9 +50,10 @@ def per_row(values_P: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def refit(
-    target_OI: Tensor, codes_OI: Tensor, grid: Grid, H_II: Tensor, whole: Whole | None = None
+    pull_OI: Tensor, codes_OI: Tensor, grid: Grid, H_II: Tensor, whole: Whole | None = None
 ) -> Grid:
-    """The grid with the steps that bring the codes' weight nearest to `target_OI` under `H_II`.
+    """The grid with the steps that bring the codes' weight nearest to a target under `H_II`;
+    `pull_OI` is the target times H.
 
     With `whole`, nearest among those that meet its condition. Steps come back in the dtype of the
     grid's; a row whose refitted steps cannot be trusted keeps the steps it had. Groups are of equal
@@ -60,18 +61,18 @@ def refit(
     """
     old_OG = grid.scales_OG.double()
     group_I = grid.groups_of_columns(codes_OI.shape[1])
-    moved_OI = whole.update_OI if whole else torch.zeros_like(target_OI)
+    moved_OI = whole.update_OI if whole else torch.zeros_like(pull_OI)
     centred_OI = codes_OI - grid.zeros_OG.to(H_II.dtype).index_select(1, group_I)
     if grid.g_idx_I is not None:
         order_I = group_I.argsort(stable=True)
         H_II = H_II.index_select(0, order_I).index_select(1, order_I)
-        target_OI, moved_OI, centred_OI = (
-            tensor.index_select(1, order_I) for tensor in (target_OI, moved_OI, centred_OI)
+        pull_OI, moved_OI, centred_OI = (
+            tensor.index_select(1, order_I) for tensor in (pull_OI, moved_OI, centred_OI)
         )
     rows = max(1, CHUNK // len(group_I))
     parts = [
         _normal_equations(
-            target_OI[start : start + rows].to(H_II.dtype),
+            pull_OI[start : start + rows].to(H_II.dtype),
             centred_OI[start : start + rows],
             old_OG[start : start + rows],
             H_II,
@@ -91,21 +92,26 @@ def refit(
 
 
 def _normal_equations(
-    target_RI: Tensor, centred_RI: Tensor, old_RG: Tensor, H_II: Tensor, moved_RI: Tensor
+    pull_RI: Tensor, centred_RI: Tensor, old_RG: Tensor, H_II: Tensor, moved_RI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best steps; how they move per unit of the condition; the condition's value per step.
 
     Columns come sorted by group, and groups are equally wide.
     """
     rows, groups = old_RG.shape
-    centred_RGC = centred_RI.reshape(rows, groups, -1)
-    H_GCI = H_II.reshape(groups, -1, H_II.shape[1])
-    normal_RGG, pull_RG = old_RG.new_empty(rows, groups, groups), torch.empty_like(old_RG)
-    for group in range(groups):
-        moment_RI = centred_RGC[:, group] @ H_GCI[group]
-        normal_RGG[:, group] = (moment_RI.reshape(centred_RGC.shape) * centred_RGC).sum(2)
-        pull_RG[:, group] = moment_RI.mul_(target_RI).sum(1)
-    slope_RG = (moved_RI.reshape(centred_RGC.shape) * centred_RGC).sum(2).double()
+    width = H_II.shape[1] // groups
+    centred_RGC = centred_RI.reshape(rows, groups, width)
+    normal_RGG = old_RG.new_empty(rows, groups, groups)
+    for group in range(groups):  # with itself and those behind it: the equations are symmetric
+        start = group * width
+        moment_RI = centred_RGC[:, group] @ H_II[start : start + width, start:]
+        others_RGC = moment_RI.reshape(rows, -1, width).mul_(centred_RGC[:, group:])
+        normal_RGG[:, group, group:] = others_RGC.sum(2)
+        normal_RGG[:, group:, group] = normal_RGG[:, group, group:]
+    pull_RG, slope_RG = (
+        (side_RI.reshape(centred_RGC.shape) * centred_RGC).sum(2).double()
+        for side_RI in (pull_RI, moved_RI)
+    )
     diagonal_RG = normal_RGG.diagonal(dim1=1, dim2=2)
     ridge_R1 = diagonal_RG.mean(1, keepdim=True) * RIDGE + torch.finfo(torch.float32).tiny
     diagonal_RG += ridge_R1

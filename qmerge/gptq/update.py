@@ -19,6 +19,7 @@ Shapes: O out features of all siblings stacked, I in features, G groups, P sibli
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -153,6 +154,13 @@ class _Stack:
             return torch.zeros(len(self.rows), dtype=torch.float64, device=E_OI.device)
         return per_part((E_OI * self.moved_OI).sum(1), self.rows)
 
+    @cached_property
+    def damped_II(self) -> Tensor:
+        """H with the damping of its factor."""
+        damped_II = self.H_II.clone()
+        damped_II.diagonal().add_(self.factor.own_order(self.factor.damping_I))
+        return damped_II
+
     def target(self, drift_II: Tensor | None, residual_OI: Tensor | None) -> Tensor:
         """What to aim at; rows that keep the base's codes aim at the base."""
         target_OI = aim(self.merged_OI, self.factor, drift_II, residual_OI)
@@ -181,11 +189,12 @@ class _Stack:
             if unit_survival:
                 kappa_P = self.push(target_OI, found, kappa_P, FURTHEST)
             if refine:
-                found = self.refitted(target_OI, found, whole=False)
+                pull_OI = target_OI @ self.damped_II
+                found = self.refitted(pull_OI, found, whole=False)
             aimed_OI = self.pushed(target_OI, kappa_P)
             found = solve(aimed_OI, self.factor, self.spec, grid=grid_of(found))
             if refine:
-                found = self.refitted(target_OI, found, whole=unit_survival)
+                found = self.refitted(pull_OI, found, whole=unit_survival)
         return self.updates(found, aimed_OI, based_O, fresh_P, based_P, kappa_P)
 
     def first_pass(self, target_OI: Tensor) -> tuple[Solution, Tensor, Tensor, Tensor | None]:
@@ -219,15 +228,14 @@ class _Stack:
         extra_O = per_row(kappa_P - 1, self.rows).to(target_OI.dtype)
         return torch.addcmul(target_OI, extra_O[:, None], self.update_OI)
 
-    def refitted(self, target_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
-        """The same codes with steps refitted; rows that keep the base's codes keep its steps."""
-        damped_II = self.H_II.clone()
-        damped_II.diagonal().add_(self.factor.own_order(self.factor.damping_I))
+    def refitted(self, pull_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
+        """The same codes with steps refitted to the target that `pull_OI` is the damped H's product
+        with; rows that keep the base's codes keep its steps."""
         condition = None
         if whole:
             wanted_P = self.energy_P + self.along_update(self.origin_OI)
             condition = Whole(update_OI=self.moved_OI, wanted_P=wanted_P, rows=self.rows)
-        grid = refit(target_OI, found.codes_OI, grid_of(found), damped_II, condition)
+        grid = refit(pull_OI, found.codes_OI, grid_of(found), self.damped_II, condition)
         scales_OG = torch.where(self.kept_O[:, None], found.scales_OG, grid.scales_OG)
         grid = replace(grid, scales_OG=scales_OG)
         return replace(found, scales_OG=scales_OG, weight_OI=grid.decode(found.codes_OI))
