@@ -1,10 +1,10 @@
 """What the C library does with freed memory, where it is glibc; elsewhere nothing happens here.
 
 Left alone, it gives every large tensor back to the system as it is freed and has the next one
-zeroed page by page: a tenth of a run. Kept, freed memory is used again. But between blocks still in
-use a large tensor does not fit into what was kept and is laid beside it, and the peak grows, by a
-quarter where the forwards of a layer wait in memory while its linears are solved: there it is given
-back.
+zeroed page by page: up to a tenth of a run. Kept, freed memory is used again. But between blocks
+still in use a large tensor does not fit into what was kept and is laid beside it, and the peak
+grows, by a quarter where the forwards of a layer wait in memory while its linears are solved: there
+it is given back.
 """
 
 from __future__ import annotations

@@ -229,8 +229,8 @@ class _Stack:
         return torch.addcmul(target_OI, extra_O[:, None], self.update_OI)
 
     def refitted(self, pull_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
-        """The same codes with steps refitted to the target that `pull_OI` is the damped H's product
-        with; rows that keep the base's codes keep its steps."""
+        """The same codes with steps refitted to the target whose product with the damped H is
+        `pull_OI`; rows that keep the base's codes keep its steps."""
         condition = None
         if whole:
             wanted_P = self.energy_P + self.along_update(self.origin_OI)
