@@ -66,7 +66,7 @@ class Factor:
 
     def divide(self, M_OI: Tensor) -> Tensor:
         """M H⁻¹ for the damped H, both in the columns' own order."""
-        M_IO = M_OI.T.to(self.lower_II.dtype).contiguous().index_select(0, self.layout_I)
+        M_IO = M_OI.T.to(self.lower_II.dtype).index_select(0, self.layout_I)
         M_IO = torch.linalg.solve_triangular(self.lower_II, M_IO, upper=False, unitriangular=True)
         M_IO.div_(self.weight_I[:, None])
         M_IO = torch.linalg.solve_triangular(self.lower_II.T, M_IO, upper=True, unitriangular=True)
@@ -91,7 +91,7 @@ def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float =
     info = torch.empty((), dtype=torch.int32, device=H_II.device)
     for fraction, floor_I, fallback in _attempts(H_II, layout_I, mean, damping):
         # Symmetric, so that its transpose is the same matrix laid out as LAPACK wants it: in place.
-        lower_II = H_II.index_select(0, layout_I).index_select(1, layout_I).div_(mean).T
+        lower_II = H_II[layout_I[:, None], layout_I].div_(mean).T
         lower_II.diagonal().add_(floor_I)
         torch.linalg.cholesky_ex(lower_II, out=(lower_II, info))
         root_I = lower_II.diagonal().clone()

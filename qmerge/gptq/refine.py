@@ -15,10 +15,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from qmerge.gptq.grid import Grid, storable
+from qmerge.gptq.grid import Grid, row_chunks, storable
 
-# Weights of the rows whose normal equations are formed at once, few enough to stay in a cache.
-CHUNK = 1 << 18
 # Of a row's mean squared group norm; it decides only where a group's codes are all zero.
 RIDGE = 1e-10
 # Refitted steps stay within these multiples of the steps that the codes were chosen on.
@@ -50,10 +48,15 @@ def per_row(values_P: Tensor, rows: tuple[int, ...]) -> Tensor:
 
 
 def refit(
-    pull_OI: Tensor, codes_OI: Tensor, grid: Grid, H_II: Tensor, whole: Whole | None = None
+    pull_OI: Tensor,
+    codes_OI: Tensor,
+    grid: Grid,
+    H_II: Tensor,
+    damping_I: Tensor,
+    whole: Whole | None = None,
 ) -> Grid:
-    """The grid with the steps that bring the codes' weight nearest to a target under `H_II`;
-    `pull_OI` is the target times H.
+    """The grid with the steps that bring the codes' weight nearest to a target under `H_II`, with
+    `damping_I` on its diagonal; `pull_OI` is the target times that sum.
 
     With `whole`, nearest among those that meet its condition. Steps come back in the dtype of the
     grid's; a row whose refitted steps cannot be trusted keeps the steps it had. Groups are of equal
@@ -61,25 +64,22 @@ def refit(
     """
     old_OG = grid.scales_OG.double()
     group_I = grid.groups_of_columns(codes_OI.shape[1])
-    moved_OI = whole.update_OI if whole else torch.zeros_like(pull_OI)
-    centred_OI = codes_OI - grid.zeros_OG.to(H_II.dtype).index_select(1, group_I)
-    if grid.g_idx_I is not None:
-        order_I = group_I.argsort(stable=True)
-        H_II = H_II.index_select(0, order_I).index_select(1, order_I)
-        pull_OI, moved_OI, centred_OI = (
-            tensor.index_select(1, order_I) for tensor in (pull_OI, moved_OI, centred_OI)
+    order_I = group_I.argsort(stable=True)
+    damped_II = H_II[order_I[:, None], order_I]
+    damped_II.diagonal().add_(damping_I[order_I])
+    moved_OI = whole.update_OI if whole else pull_OI.new_zeros(()).expand(pull_OI.shape)
+
+    def by_group(values_RI: Tensor) -> Tensor:
+        values_RI = values_RI.to(H_II.dtype)
+        return values_RI if grid.g_idx_I is None else values_RI.index_select(1, order_I)
+
+    parts = []
+    for rows in row_chunks(codes_OI.shape):
+        centred_RI = codes_OI[rows] - grid.zeros_OG[rows].to(H_II.dtype).index_select(1, group_I)
+        pull_RI, moved_RI = by_group(pull_OI[rows]), by_group(moved_OI[rows])
+        parts.append(
+            _normal_equations(pull_RI, by_group(centred_RI), old_OG[rows], damped_II, moved_RI)
         )
-    rows = max(1, CHUNK // len(group_I))
-    parts = [
-        _normal_equations(
-            pull_OI[start : start + rows].to(H_II.dtype),
-            centred_OI[start : start + rows],
-            old_OG[start : start + rows],
-            H_II,
-            moved_OI[start : start + rows].to(H_II.dtype),
-        )
-        for start in range(0, len(old_OG), rows)
-    ]
     best_OG, push_OG, slope_OG = (torch.cat(part) for part in zip(*parts, strict=True))
     if whole is not None:
         best_OG = best_OG + _lift(best_OG, push_OG, slope_OG, whole)

@@ -99,8 +99,7 @@ class _Walk:
     def __init__(self, W_OI: Tensor, factor: Factor, spec: GridSpec, grid: Grid | None) -> None:
         self.factor, self.spec, self.grid = factor, spec, grid
         # Targets, to become fed error; weights, to become error; codes.
-        W_IO = W_OI.T.to(factor.lower_II.dtype).contiguous()
-        self.target_IO = W_IO.index_select(0, factor.layout_I)
+        self.target_IO = W_OI.T.to(factor.lower_II.dtype).index_select(0, factor.layout_I)
         self.error_IO = self.target_IO.clone()
         self.codes_IO = torch.empty_like(self.target_IO, dtype=torch.uint8)
         if grid is None:
@@ -170,10 +169,11 @@ class _Walk:
 
     def solution(self) -> Solution:
         """The finished pass in the columns' own order."""
-        codes_OI = self.factor.own_order(self.codes_IO).T.contiguous()
-        grid = self._fitted() if self.grid is None else self.grid
         loss_O = self.factor.weight_I @ self.target_IO.square_()
         loss_O -= self.factor.damping_I @ self.error_IO.square_()
+        del self.target_IO, self.error_IO
+        codes_OI = self.factor.own_order(self.codes_IO).T.contiguous()
+        grid = self._fitted() if self.grid is None else self.grid
         return Solution(
             codes_OI=codes_OI,
             scales_OG=grid.scales_OG,

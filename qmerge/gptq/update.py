@@ -19,7 +19,6 @@ Shapes: O out features of all siblings stacked, I in features, G groups, P sibli
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -132,6 +131,7 @@ class _Stack:
         self.merged_OI, self.origin_OI = merged_OI.to(dtype), origin_OI.to(dtype)
         self.update_OI = self.merged_OI - self.origin_OI
         self.H_II = torch.zeros_like(H_II) if self.factor.is_nearest else H_II
+        self.damping_I = self.factor.own_order(self.factor.damping_I)
         self.still = not bool(self.update_OI.any())
         self.moved_OI = self.update_OI if self.still else self.update_OI @ self.H_II
         self.energy_P = self.along_update(self.update_OI)
@@ -153,13 +153,6 @@ class _Stack:
         if self.still:
             return torch.zeros(len(self.rows), dtype=torch.float64, device=E_OI.device)
         return per_part((E_OI * self.moved_OI).sum(1), self.rows)
-
-    @cached_property
-    def damped_II(self) -> Tensor:
-        """H with the damping of its factor."""
-        damped_II = self.H_II.clone()
-        damped_II.diagonal().add_(self.factor.own_order(self.factor.damping_I))
-        return damped_II
 
     def target(self, drift_II: Tensor | None, residual_OI: Tensor | None) -> Tensor:
         """What to aim at; rows that keep the base's codes aim at the base."""
@@ -186,15 +179,18 @@ class _Stack:
         kappa_P, aimed_OI = torch.ones_like(self.energy_P), target_OI
         unit_survival = unit_survival and bool((self.energy_P > 0).any())
         if not self.factor.is_nearest and (unit_survival or refine):
+            grid = grid_of(found)
             if unit_survival:
                 kappa_P = self.push(target_OI, found, kappa_P, FURTHEST)
             if refine:
-                pull_OI = target_OI @ self.damped_II
-                found = self.refitted(pull_OI, found, whole=False)
+                pull_OI = torch.addcmul(target_OI @ self.H_II, target_OI, self.damping_I)
+                grid = self.refitted(pull_OI, found.codes_OI, grid, whole=False)
             aimed_OI = self.pushed(target_OI, kappa_P)
-            found = solve(aimed_OI, self.factor, self.spec, grid=grid_of(found))
+            found = solve(aimed_OI, self.factor, self.spec, grid=grid)
             if refine:
-                found = self.refitted(pull_OI, found, whole=unit_survival)
+                grid = self.refitted(pull_OI, found.codes_OI, grid, whole=unit_survival)
+                weight_OI = grid.decode(found.codes_OI)
+                found = replace(found, scales_OG=grid.scales_OG, weight_OI=weight_OI)
         return self.updates(found, aimed_OI, based_O, fresh_P, based_P, kappa_P)
 
     def first_pass(self, target_OI: Tensor) -> tuple[Solution, Tensor, Tensor, Tensor | None]:
@@ -228,17 +224,16 @@ class _Stack:
         extra_O = per_row(kappa_P - 1, self.rows).to(target_OI.dtype)
         return torch.addcmul(target_OI, extra_O[:, None], self.update_OI)
 
-    def refitted(self, pull_OI: Tensor, found: Solution, *, whole: bool) -> Solution:
-        """The same codes with steps refitted to the target whose product with the damped H is
-        `pull_OI`; rows that keep the base's codes keep its steps."""
+    def refitted(self, pull_OI: Tensor, codes_OI: Tensor, grid: Grid, *, whole: bool) -> Grid:
+        """Steps for the codes, refitted to the target whose product with the damped H is `pull_OI`;
+        rows that keep the base's codes keep its steps."""
         condition = None
         if whole:
             wanted_P = self.energy_P + self.along_update(self.origin_OI)
             condition = Whole(update_OI=self.moved_OI, wanted_P=wanted_P, rows=self.rows)
-        grid = refit(pull_OI, found.codes_OI, grid_of(found), self.damped_II, condition)
-        scales_OG = torch.where(self.kept_O[:, None], found.scales_OG, grid.scales_OG)
-        grid = replace(grid, scales_OG=scales_OG)
-        return replace(found, scales_OG=scales_OG, weight_OI=grid.decode(found.codes_OI))
+        fitted = refit(pull_OI, codes_OI, grid, self.H_II, self.damping_I, condition)
+        scales_OG = torch.where(self.kept_O[:, None], grid.scales_OG, fitted.scales_OG)
+        return replace(grid, scales_OG=scales_OG)
 
     def updates(
         self,
