@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qmerge.formats.writing import packed_bytes
 from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
+from qmerge.model.paused import Held
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import WEIGHT, Unit, join, module_of
 from qmerge.recipe import Recipe
@@ -41,12 +43,12 @@ def token_bytes(skeleton: Skeleton) -> int:
     return 4 * (2 * skeleton.hidden_size + 5 * widest)
 
 
-def waiting_bytes(skeleton: Skeleton, length: int) -> int:
-    """Bytes per token of a forward that waits before a linear."""
+def waiting_bytes(skeleton: Skeleton, length: int, siblings: Collection[tuple[str, ...]]) -> Held:
+    """Bytes per token of forwards that wait before the first of linears that are `siblings`."""
     experts = {module_of(part) for fusion in skeleton.fusions for part in fusion.parts}
     if not experts:
         with suppress(RuntimeError):
-            return machine.held_bytes(skeleton, length)
+            return machine.held_bytes(skeleton, length, {group[0] for group in siblings})
     # What goes into the layer and into the module, and about half of what the layer's linears put
     # out. Experts work in turn: what goes into all of them is held, and what came out so far.
     prefix = skeleton.layer_path(0) + "."
@@ -55,7 +57,8 @@ def waiting_bytes(skeleton: Skeleton, length: int) -> int:
         for name, linear in skeleton.linears().items()
         if name.startswith(prefix) and name not in experts
     )
-    return 4 * ((4 if experts else 2) * skeleton.hidden_size + outs // 2)
+    alone = 4 * ((4 if experts else 2) * skeleton.hidden_size + outs // 2)
+    return Held(alone, 2 * alone)
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
@@ -177,8 +180,8 @@ def memory_bytes(job: Job) -> int:
     """At the widest point: a layer's weights with the calibration text in it, or the scores."""
     windows, length = job.calibration.tokens.shape
     at_once, streams = min(job.at_once, windows), job.settings.streams
-    held = streams * (windows if job.waiting else at_once) * length * job.held
-    layer = walking_bytes(job.skeleton, streams, at_once * length, held)
+    held = windows * job.held.of(streams) if job.waiting else at_once * streams * job.held.alone
+    layer = walking_bytes(job.skeleton, streams, at_once * length, length * held)
     return BESIDE + _seen_bytes(job) + max(layer, _tower_bytes(job), _scoring_bytes(job))
 
 

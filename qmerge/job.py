@@ -14,6 +14,7 @@ from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError
 from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridChoice, GridSpec
+from qmerge.model.paused import Held
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
@@ -62,8 +63,8 @@ class Job:
     """The grids of the modules that are quantized, by parameter name without `.weight`."""
     at_once: int
     """Windows of a micro-batch."""
-    held: int
-    """Bytes per token of a forward that waits before a linear."""
+    held: Held
+    """Bytes per token of forwards that wait before a linear."""
     waiting: bool
     """Whether forwards of all calibration windows may wait in a layer at one time."""
     device: torch.device

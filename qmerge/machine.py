@@ -12,7 +12,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from qmerge.measure.tokens import TokenAccumulator
 from qmerge.model.frame import Frame
 from qmerge.model.layer import called_bytes as bytes_of_calls
 from qmerge.model.layer import fill, linears, move, run
+from qmerge.model.paused import Held, most_held
 from qmerge.model.paused import held_bytes as bytes_held
 from qmerge.model.skeleton import Skeleton, text_config
 from qmerge.precision import reduced_precision
@@ -185,10 +186,11 @@ def called_bytes(skeleton: Skeleton, length: int) -> int:
     return bytes_of_calls(Frame(skeleton, _Zeros(skeleton)).calls(length))
 
 
-def held_bytes(skeleton: Skeleton, length: int) -> int:
-    """Of one token of a window of `length` in a forward that waits before a linear, at most: that
-    of any layer, run without memory on the meta device. RuntimeError where one cannot be."""
-    meta, most = torch.device("meta"), 0
+def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
+    """Of one token of a window of `length` in forwards that wait before the linears in `stops`, at
+    most: those of any layer, run without memory on the meta device. RuntimeError where one cannot
+    be."""
+    meta, most = torch.device("meta"), Held(0, 0)
     calls = move(Frame(skeleton, _Zeros(skeleton)).calls(length), meta)
     hidden_1SH = torch.empty(1, length, skeleton.hidden_size, device=meta)
     seen = set()
@@ -196,9 +198,11 @@ def held_bytes(skeleton: Skeleton, length: int) -> int:
         layer = skeleton.layer(index).to(meta)
         make = frozenset((name, tensor.shape) for name, tensor in layer.named_parameters())
         if make not in seen:
-            most = max(most, bytes_held(layer, hidden_1SH, call, linears(layer)))
+            before = {name: module for name, module in linears(layer).items() if name in stops}
+            found = most_held(bytes_held(layer, hidden_1SH, call, before))
+            most = Held(*map(max, most, found))
         seen.add(make)
-    return most // length
+    return Held(*(held // length for held in most))
 
 
 class _Zeros:

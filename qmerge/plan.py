@@ -25,6 +25,7 @@ from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.machine import existing
 from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_original, told
+from qmerge.model.paused import Held
 from qmerge.model.reshape import Shape, open_sibling, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -140,7 +141,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
-    held = waiting_bytes(skeleton, calibration.tokens.shape[1])
+    held = waiting_bytes(skeleton, calibration.tokens.shape[1], siblings)
     return Job(
         recipe=_effective(recipe, settings, calibration, loaded.quant),
         skeleton=skeleton,
@@ -380,7 +381,7 @@ def _effective(
 
 
 def _may_wait(
-    memory: int, skeleton: Skeleton, streams: int, calibration: Corpus, at_once: int, held: int
+    memory: int, skeleton: Skeleton, streams: int, calibration: Corpus, at_once: int, held: Held
 ) -> bool:
     """Whether forwards of all calibration windows fit in the stated memory while they wait.
 
@@ -388,5 +389,5 @@ def _may_wait(
     makes the same bytes on any day.
     """
     windows, length = calibration.tokens.shape
-    waiting = streams * windows * length * held
+    waiting = windows * length * held.of(streams)
     return walking_bytes(skeleton, streams, at_once * length, waiting) <= memory

@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 4096
 """Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
 LENS_WINDOWS, LENS_TOKENS = 16, 256
 """What is looked at behind each layer: enough to see where a divergence begins."""
-LOGIT_BYTES = 1 << 28
+LOGIT_BYTES = 1 << 27
 """Logits of all arms on one slice of the vocabulary that are held at one time; at least those of
 one window."""
 

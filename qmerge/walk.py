@@ -419,9 +419,9 @@ class Walk:
 
         with self._timed("requantize"):
             inputs = self._head_inputs(strategy)
-            moments = gather(inputs, merged.shape(parameter)[1], device, paired=asymmetric)
+            means = gather(inputs, merged.shape(parameter)[1], device, paired=asymmetric)
             count, settings = merged.row_count(parameter), self.job.settings
-            grid, result = requantize_head(name, rows, count, moments, settings)
+            grid, result = requantize_head(name, rows, count, means, settings)
         self.frames[arm] = Frame(
             self.job.skeleton, replace(self.weights[arm], packed={parameter: grid})
         )

@@ -2,7 +2,8 @@
 
 GPTQ needs a linear's input made by the quantized linears before it. A forward that waits at a
 linear until that is quantized, and then goes on with it, has to be run only once; meanwhile
-others run as far, each holding no more than a layer keeps at that place.
+others run as far, each holding no more than a layer keeps at that place. One whose linears stay as
+they are need not wait: it is told to go on where it holds less behind a linear than before it.
 
 W: windows, S: tokens of a window, H: hidden width, I: in features of the linear.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -41,6 +43,7 @@ class Forward(greenlet):
 
     def run(self) -> None:
         self._output = self._begin()
+        self.streams.clear()
 
     @property
     def stream(self) -> torch.Tensor | None:
@@ -49,15 +52,14 @@ class Forward(greenlet):
     def reach(self, name: str) -> bool:
         """Go on to the next stop unless waiting at one; whether that is `name`."""
         if self.at not in self._stops and not self.dead:
-            self._go_on()
+            self.go_on()
         return self.at == name
 
     def finish(self) -> Hidden:
         """Go on to the end, past any stop; what the layer puts out, told once."""
         while not self.dead:
-            self._go_on()
+            self.go_on()
         output, self._output = self._output, None
-        self.streams.clear()
         assert output is not None
         return output
 
@@ -73,7 +75,8 @@ class Forward(greenlet):
             assert self.parent is not None
             self.parent.switch()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Go on to the next stop or to the end."""
         self.at = self.inputs = None
         # Entered at every switch: a mode that a forward entered by itself would outlast its pause.
         with torch.inference_mode():
@@ -121,19 +124,48 @@ def watched(
 
 def held_bytes(
     layer: nn.Module, hidden_WSH: Hidden, call: Call, before: Mapping[str, nn.Module]
-) -> int:
-    """What a forward holds at most where it waits, without weights and what layers are called with.
+) -> dict[str, int]:
+    """What a forward holds before each of the linears, in their order, and in the end (""), without
+    weights and what layers are called with.
 
     On the meta device nothing is computed for it.
     """
     shared = _storages([call.args, dict(call.kwargs)])
-    waiting, most = Forward(lambda: forward(layer, hidden_WSH, call), before), 0
+    waiting, found = Forward(lambda: forward(layer, hidden_WSH, call), before), {}
     with watched(layer, before, {}):
+        waiting.go_on()
         while not waiting.dead:
-            waiting._go_on()
             named = _named(waiting.gr_frame)
-            most = max(most, sum(size for key, size in named.items() if key not in shared))
-    return most
+            held = sum(size for key, size in named.items() if key not in shared)
+            found[waiting.at or ""] = held
+            waiting.go_on()
+    return found | {"": sum(_storages([waiting.finish()]).values())}
+
+
+class Held(NamedTuple):
+    """Bytes of forwards that wait before a linear, at most: of one alone, and of one and another
+    beside it that goes on where it gets `lighter`."""
+
+    alone: int
+    together: int
+
+    def of(self, streams: int) -> int:
+        return self.alone if streams == 1 else self.together
+
+
+def most_held(held: Mapping[str, int]) -> Held:
+    """Of `held_bytes`, where forwards hold most."""
+    steps = [*pairwise(held.values())]
+    return Held(
+        alone=max((here for here, _ in steps), default=0),
+        together=max((here + min(here, after) for here, after in steps), default=0),
+    )
+
+
+def lighter(held: Mapping[str, int]) -> frozenset[str]:
+    """The linears behind which a forward holds less than before them."""
+    steps = pairwise(held.items())
+    return frozenset(name for (name, here), (_, after) in steps if after < here)
 
 
 def _named(frame: FrameType | None) -> dict[int, int]:

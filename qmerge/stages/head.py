@@ -19,13 +19,21 @@ from qmerge.measure import output_power, pool_survival
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.streams import batches
 from qmerge.results import LinearResult
-from qmerge.stages.requantize import Moments, Weight, grid_name, on_grid, solve_stacked, told
+from qmerge.stages.requantize import (
+    Means,
+    Moments,
+    Weight,
+    grid_name,
+    on_grid,
+    solve_stacked,
+    told,
+)
 
 Inputs = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def gather(inputs: Iterator[Inputs], width: int, device: torch.device, *, paired: bool) -> Moments:
-    """Moments of what the head reads [W, S, I], the release's own and, `paired`, the reference's.
+def gather(inputs: Iterator[Inputs], width: int, device: torch.device, *, paired: bool) -> Means:
+    """Means of what the head reads [W, S, I], the release's own and, `paired`, the reference's.
 
     The reference is drifted from by all that was quantized before.
     """
@@ -35,22 +43,21 @@ def gather(inputs: Iterator[Inputs], width: int, device: torch.device, *, paired
         moments.hessian.add(release)
         if drift is not None and reference is not None:
             drift.add(reference, release, release)
-    return moments
+    return moments.means()
 
 
 def requantize_head(
-    name: str, rows: Callable[[int, int], Weight], count: int, moments: Moments, settings: Settings
+    name: str, rows: Callable[[int, int], Weight], count: int, means: Means, settings: Settings
 ) -> tuple[IntegerWeight, LinearResult]:
     """The head on its grid, and how it came out; `rows` gives its weight from row to row."""
-    H_II = moments.hessian.mean()
     parts, results, power = [], [], 0.0
     for start, stop in batches(count, ROWS_AT_ONCE):
         weight = rows(start, stop)
         own = replace(settings, spec=weight.spec)
-        (update,) = solve_stacked([weight], H_II, moments, own)
+        (update,) = solve_stacked([weight], means, own)
         parts.append(on_grid(update.solution, weight.spec))
-        results.append(told(name, weight, update, H_II, moments.hessian.dropped))
-        power += output_power(weight.merged_OI, H_II)
+        results.append(told(name, weight, update, means))
+        power += output_power(weight.merged_OI, means.H_II)
     shares = [part.codes_OI.shape[0] / count for part in parts]
     return _stacked(parts), _pooled(results, shares, power)
 

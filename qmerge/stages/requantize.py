@@ -40,7 +40,7 @@ from qmerge.measure import error_ratio, output_power, survival_of
 from qmerge.measure.remedy import cheapest, is_weak
 from qmerge.model.experts import CHOICE, HESSIAN_BYTES, blocks_of, calibrating
 from qmerge.model.layer import Call, Hidden, forward, sibling_groups
-from qmerge.model.paused import Forward, watched
+from qmerge.model.paused import Forward, held_bytes, lighter, watched
 from qmerge.model.residual import residual_places
 from qmerge.names import join, under
 from qmerge.precision import reduced_precision
@@ -103,6 +103,12 @@ class Pair:
                 self.reference.reach(name)
             return self.release.reach(name)
 
+    def send_on(self) -> None:
+        """The reference, to the next linear: its own are not quantized."""
+        if self.reference is not None:
+            with self.products():
+                self.reference.go_on()
+
     def finish(self) -> tuple[Hidden, Hidden | None]:
         with self.products():
             reference = self.reference.finish() if self.reference is not None else None
@@ -117,6 +123,17 @@ class Pair:
         for each in (self.release, self.reference):
             if each is not None:
                 each.drop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What one group is solved under: means over the calibration tokens, in two halves those of
+    drifts (`Drift.mean`); `dropped` tokens were not finite."""
+
+    H_II: torch.Tensor
+    drift_2II: torch.Tensor | None
+    residual_2OI: torch.Tensor | None
+    dropped: int
 
 
 @dataclass(kw_only=True)
@@ -145,6 +162,14 @@ class Moments:
             residual, merged_OI = self.residual
             moved = linear(twin.inputs - release.inputs, merged_OI)
             residual.add(moved + twin.stream, release.stream, release.inputs)
+
+    def means(self) -> Means:
+        return Means(
+            H_II=self.hessian.mean(),
+            drift_2II=self.drift.mean() if self.drift else None,
+            residual_2OI=self.residual[0].mean() if self.residual else None,
+            dropped=self.hessian.dropped,
+        )
 
 
 class Requantizer:
@@ -189,6 +214,7 @@ class Requantizer:
             self._places = {name: place for name, place in places.items() if (name,) in groups}
         stops = {group[0] for group in groups}
         stops |= {join(path, CHOICE) for path, _ in self._routed.values()}
+        ahead = self._lighter(calibration, stops)
         with (
             calibrating(self._layer),
             watched(self._layer, _modules(self._layer, stops), self._places),
@@ -198,13 +224,13 @@ class Requantizer:
 
             def arrivals(*names: str) -> Iterator[tuple[str, Pair]]:
                 """Every micro-batch when it waits before each of these, in the layer's order."""
-                ahead: set[str] = set()
-                for pair in waiting or self._pairs(calibration, ahead):
-                    ahead.update(names)
+                left: set[str] = set()
+                for pair in waiting or self._pairs(calibration, left):
+                    left.update(names)
                     for name in names:
                         if pair.reach(name):
                             yield name, pair
-                        ahead.discard(name)
+                        left.discard(name)
                     if not waiting:
                         pair.drop()
 
@@ -213,18 +239,29 @@ class Requantizer:
                 moments = {group[0]: self._moments(group) for group in wave}
                 for name, pair in arrivals(*moments):
                     moments[name].add(pair)
+                    if waiting and name in ahead:
+                        pair.send_on()
                 # Experts are many and alike: one fills the holes that the one before it left.
                 alone = wave[0][0] not in self._routed
                 if alone:
                     give_back()
-                for group in wave:
-                    self._quantize(group, moments[group[0]])
                 stops.difference_update(moments)
-                del moments
+                for group in wave:
+                    self._quantize(group, moments.pop(group[0]).means())
                 if alone:
                     give_back()
             for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
+
+    def _lighter(self, calibration: Calibration, stops: Collection[str]) -> frozenset[str]:
+        """Where the reference holds less one stop ahead of the release than beside it.
+
+        Experts take turns: what the next one reads is held until then.
+        """
+        if self._blocks or calibration.read_reference is None:
+            return frozenset()
+        before = _modules(self._reference, stops)
+        return lighter(held_bytes(self._reference, *calibration.sample, before))
 
     def _waves(self, groups: Sequence[Group], *, together: bool) -> Iterator[tuple[Group, ...]]:
         """Groups that are observed in one pass, in the order of their work.
@@ -282,14 +319,13 @@ class Requantizer:
             moments.drift = placed(width, width)
         return moments
 
-    def _quantize(self, group: Group, moments: Moments) -> None:
+    def _quantize(self, group: Group, means: Means) -> None:
         """Solve siblings stacked along O, and put what they decode to in place."""
-        H_II = moments.hessian.mean()
-        updates = self._solve(group, moments, H_II, self._settings_of(group))
+        updates = self._solve(group, means, self._settings_of(group))
         for name, update in zip(group, updates, strict=True):
-            self._place(name, update, H_II, moments.hessian.dropped)
+            self._place(name, update, means)
         if any(is_weak(self.results[name].survival) for name in group):
-            self._seek_remedy(group, moments, H_II)
+            self._seek_remedy(group, means)
 
     def _alike(self, group: Group) -> list[Group]:
         """Siblings with the same grids."""
@@ -299,23 +335,20 @@ class Requantizer:
     def _settings_of(self, group: Group) -> Settings:
         return replace(self._settings, spec=self._weights[group[0]].spec)
 
-    def _solve(
-        self, group: Group, moments: Moments, H_II: torch.Tensor, settings: Settings
-    ) -> tuple[Update, ...]:
-        weights = [self._weights[name] for name in group]
-        return solve_stacked(weights, H_II, moments, settings)
+    def _solve(self, group: Group, means: Means, settings: Settings) -> tuple[Update, ...]:
+        return solve_stacked([self._weights[name] for name in group], means, settings)
 
-    def _seek_remedy(self, group: Group, moments: Moments, H_II: torch.Tensor) -> None:
+    def _seek_remedy(self, group: Group, means: Means) -> None:
         """The cheapest setting that would have kept the adapter, tried here and now: siblings
         together, because servers fuse them."""
 
         def kept(settings: Settings) -> float | None:
-            updates = self._solve(group, moments, H_II, settings)
+            updates = self._solve(group, means, settings)
             found = [update.survival for update in updates if update.survival is not None]
             return min(found, default=None)
 
         weights, settings = [self._weights[name] for name in group], self._settings_of(group)
-        rows, width = sum(weight.merged_OI.shape[0] for weight in weights), H_II.shape[0]
+        rows, width = sum(weight.merged_OI.shape[0] for weight in weights), means.H_II.shape[0]
         base = _base_grid([weight.base for weight in weights], settings)
         anchorable = base is not None and expressible(base, settings.spec, settings.order, width)
         tried = alternatives(settings, (rows, width), anchorable=anchorable, solve=kept)
@@ -323,12 +356,12 @@ class Requantizer:
         if found is not None:
             self.remedies.append(found)
 
-    def _place(self, name: str, update: Update, H_II: torch.Tensor, dropped: int) -> None:
+    def _place(self, name: str, update: Update, means: Means) -> None:
         weight, solution = self._weights[name], update.solution
         self._modules[name].weight = nn.Parameter(solution.weight_OI, requires_grad=False)
         self.packed[name] = on_grid(solution, weight.spec)
         tokens, few = self._tokens(name)
-        found = told(name, weight, update, H_II, dropped)
+        found = told(name, weight, update, means)
         fallback = "; ".join(filter(None, (few, found.fallback))) or None
         self.results[name] = replace(found, tokens=tokens, fallback=fallback)
 
@@ -344,13 +377,13 @@ class Requantizer:
 
 
 def solve_stacked(
-    weights: Sequence[Weight], H_II: torch.Tensor, moments: Moments, settings: Settings
+    weights: Sequence[Weight], means: Means, settings: Settings
 ) -> tuple[Update, ...]:
     """Requantize weights that read the same input, under what was gathered of it."""
     return solve_update(
-        torch.cat([weight.merged_OI for weight in weights]),
-        torch.cat([weight.origin_OI for weight in weights]),
-        H_II,
+        _stacked([weight.merged_OI for weight in weights]),
+        _stacked([weight.origin_OI for weight in weights]),
+        means.H_II,
         settings.spec,
         rows=tuple(weight.merged_OI.shape[0] for weight in weights),
         order=settings.order,
@@ -359,9 +392,14 @@ def solve_stacked(
         grid=settings.grid,
         unit_survival=settings.unit_survival,
         refine=settings.refine,
-        drift_II=moments.drift.mean() if moments.drift else None,
-        residual_OI=moments.residual[0].mean() if moments.residual else None,
+        drift_II=means.drift_2II,
+        residual_OI=means.residual_2OI,
     )
+
+
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Along O; one alone is not copied."""
+    return weights[0] if len(weights) == 1 else torch.cat([*weights])
 
 
 def on_grid(solution: Solution, spec: GridSpec) -> IntegerWeight:
@@ -377,13 +415,11 @@ def on_grid(solution: Solution, spec: GridSpec) -> IntegerWeight:
     )
 
 
-def told(
-    name: str, weight: Weight, update: Update, H_II: torch.Tensor, dropped: int
-) -> LinearResult:
-    """How a linear came out; `dropped` calibration tokens were not finite."""
+def told(name: str, weight: Weight, update: Update, means: Means) -> LinearResult:
+    """How a linear came out."""
     solution, spec = update.solution, weight.spec
-    power = output_power(weight.merged_OI, H_II)
-    lost = f"{dropped} calibration tokens were not finite" if dropped else None
+    power = output_power(weight.merged_OI, means.H_II)
+    lost = f"{means.dropped} calibration tokens were not finite" if means.dropped else None
     return LinearResult(
         name=name,
         bits=spec.bits,
@@ -395,7 +431,7 @@ def told(
         error=solution.loss / power if power > 0 else None,
         damping=solution.damping,
         fallback="; ".join(filter(None, (solution.fallback, lost))) or None,
-        survival=_survival(weight, update, H_II),
+        survival=_survival(weight, update, means.H_II),
     )
 
 

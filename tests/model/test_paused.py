@@ -7,7 +7,7 @@ import torch
 
 from qmerge.model.frame import Frame
 from qmerge.model.layer import Call, fill, forward, linears, run
-from qmerge.model.paused import Forward, held_bytes, watched
+from qmerge.model.paused import Forward, held_bytes, lighter, most_held, watched
 from tests.model.test_frame import State, layer_weights, parts
 
 STOPS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -103,5 +103,15 @@ def test_a_waiting_forward_holds_what_its_frames_name(device: str) -> None:
     hidden = torch.zeros(2, 3, 4, device=device)
     call = Call(kwargs={"shared": torch.zeros(1, 3, 4, device=device)})
     modules = linears(layer)
-    assert held_bytes(layer, hidden, call, modules) == 4 * 2 * 3 * (4 + 8 + 8)
-    assert held_bytes(layer, hidden, call, {"third": modules["third"]}) == 4 * 2 * 3 * (4 + 4 + 4)
+    numbers = {"first": 4, "second": 4 + 8 + 8, "third": 4 + 4 + 4, "": 4}
+    held = {stop: 4 * 2 * 3 * each for stop, each in numbers.items()}
+    assert held_bytes(layer, hidden, call, modules) == held
+    del held["first"], held["second"]
+    assert held_bytes(layer, hidden, call, {"third": modules["third"]}) == held
+
+
+def test_two_forwards_hold_least_where_one_goes_on_to_where_it_holds_less() -> None:
+    held = {"q": 2, "o": 9, "gate": 3, "down": 7, "": 1}
+    assert lighter(held) == {"o", "down"}
+    assert most_held(held) == (9, 9 + 3)
+    assert most_held(held | {"o": 3}) == (7, 7 + 1)
