@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qmerge.formats.writing import pack
+from qmerge.heap import give_back
 from qmerge.job import NOISE_WINDOWS, Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
@@ -139,26 +140,29 @@ class Walk:
         began = time.monotonic()
         result = _LayerNotes()
         with self._timed("dequantize"):
-            base = self._placed(self.job.base.unit(unit))
-        origins = {"dequantize": base}
+            origins = {"dequantize": self._placed(self.job.base.unit(unit))}
         if self.job.original is not None:
             with self._timed("substitute"):
                 origins["substitute"] = self._placed(self.job.original.unit(unit))
         merged = self._merged(unit, origins, result)
         self._advance_noise(unit, merged["dequantize"])
         if self.job.change is not None:
-            self._advance_dense(unit, "quantized_base", base, result)
+            self._advance_dense(unit, "quantized_base", origins["dequantize"], result)
         if self.job.original is not None:
             self._advance_dense(unit, "original", origins["substitute"], result)
         if self.job.previous is not None:
             previous = self._placed(self.job.previous.unit(unit))
             self._advance_dense(unit, "previous", previous, result)
-        shards = {}
-        for strategy in self.job.strategies:
-            if self.job.change is not None:
+        if self.job.change is not None:
+            for strategy in self.job.strategies:
                 self._advance_dense(unit, merged_arm(strategy), merged[strategy], result)
                 self._hold(unit, strategy, merged[strategy], result)
-            shards[strategy] = self._requantize(unit, strategy, merged[strategy], origins, result)
+        weights = {s: self._weights(unit, s, merged[s], origins) for s in self.job.strategies}
+        origins.clear()  # each is let go with the last linear that is measured against it
+        shards = {
+            strategy: self._requantize(unit, strategy, merged[strategy], own, result)
+            for strategy, own in weights.items()
+        }
         self._look(result)
         seconds = time.monotonic() - began
         layers = {s: result.layer(unit, s, shards[s], seconds) for s in self.job.strategies}
@@ -177,6 +181,7 @@ class Walk:
 
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
+        give_back()  # what only layers needed
         with self._timed("score"):
             return score(self.frames, self._last, self.job.evaluation, REFERENCE, self.progress)
 
@@ -297,7 +302,7 @@ class Walk:
         unit: Unit,
         strategy: str,
         merged: Tensors,
-        origins: Mapping[str, Tensors],
+        weights: dict[str, Weight],
         result: _LayerNotes,
     ) -> dict[str, torch.Tensor]:
         """Quantize one layer under the calibration set; what is written of it, by stored name."""
@@ -313,7 +318,7 @@ class Walk:
         work = Requantizer(
             layer.to(self.job.device),
             reference.to(self.job.device),
-            self._weights(unit, strategy, merged, origins),
+            weights,
             self.job.settings,
         )
         key, twin = calibration_key(strategy), reference_key(strategy)

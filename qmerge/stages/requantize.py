@@ -14,7 +14,7 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,13 +173,17 @@ class Moments:
 
 
 class Requantizer:
-    """Quantizes the linears of one layer; `run` yields the calibration set's outputs."""
+    """Quantizes the linears of one layer; `run` yields the calibration set's outputs.
+
+    Of `weights` each is taken out once it is quantized, so that what it was measured against need
+    not be held any longer.
+    """
 
     def __init__(
         self,
         layer: nn.Module,
         reference: nn.Module,
-        weights: Mapping[str, Weight],
+        weights: dict[str, Weight],
         settings: Settings,
     ) -> None:
         self.packed: dict[str, IntegerWeight] = {}
@@ -252,6 +256,7 @@ class Requantizer:
                     give_back()
             for pair in waiting or self._pairs(calibration, stops):
                 yield pair.finish()
+        give_back()
 
     def _lighter(self, calibration: Calibration, stops: Collection[str]) -> frozenset[str]:
         """Where the reference holds less one stop ahead of the release than beside it.
@@ -326,6 +331,8 @@ class Requantizer:
             self._place(name, update, means)
         if any(is_weak(self.results[name].survival) for name in group):
             self._seek_remedy(group, means)
+        for name in group:
+            del self._weights[name]
 
     def _alike(self, group: Group) -> list[Group]:
         """Siblings with the same grids."""
