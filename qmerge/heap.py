@@ -4,7 +4,7 @@ Left alone, it gives every large tensor back to the system as it is freed and ha
 zeroed page by page: up to a tenth of a run. Kept, freed memory is used again. But between blocks
 still in use a large tensor does not fit into what was kept and is laid beside it, and the peak
 grows, by a quarter where the forwards of a layer wait in memory while its linears are solved: there
-it is given back.
+it is given back, and behind each layer.
 """
 
 from __future__ import annotations
