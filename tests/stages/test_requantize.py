@@ -117,6 +117,28 @@ def test_forwards_beside_a_reference_are_in_float32(
     assert matmul.fp32_precision == before
 
 
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_reference_goes_ahead_of_the_release_where_it_holds_less(
+    monkeypatch: pytest.MonkeyPatch, waiting: bool
+) -> None:
+    """Behind the linears that end a block, and only where it would wait beside the release."""
+    seen, send_on = set(), Pair.send_on
+
+    def told(self: Pair) -> None:
+        assert self.reference is not None
+        before = self.reference.at
+        send_on(self)
+        seen.add((before, self.reference.at, self.release.at))
+
+    monkeypatch.setattr(Pair, "send_on", told)
+    requantized("Qwen3", SETTINGS, waiting=waiting)
+    ahead = {
+        ("self_attn.o_proj", "mlp.gate_proj", "self_attn.o_proj"),
+        ("mlp.down_proj", None, "mlp.down_proj"),
+    }
+    assert seen == (ahead if waiting else set())
+
+
 def waiting_at(name: str, inputs: torch.Tensor, stream: torch.Tensor) -> Forward:
     found = Forward(lambda: stream, ())
     found.at, found.inputs, found.streams = name, inputs, {name: stream}
