@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from qmerge.formats.writing import pack
-from qmerge.heap import give_back
 from qmerge.job import NOISE_WINDOWS, Job, arm_names
 from qmerge.measure.survival import pool_survival
 from qmerge.meter import Meter
@@ -181,7 +180,6 @@ class Walk:
 
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
-        give_back()  # what only layers needed
         with self._timed("score"):
             return score(self.frames, self._last, self.job.evaluation, REFERENCE, self.progress)
 

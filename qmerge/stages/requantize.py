@@ -106,8 +106,7 @@ class Pair:
     def send_on(self) -> None:
         """The reference, to the next linear: its own are not quantized."""
         if self.reference is not None:
-            with self.products():
-                self.reference.go_on()
+            self.reference.go_on()
 
     def finish(self) -> tuple[Hidden, Hidden | None]:
         with self.products():
