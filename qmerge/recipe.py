@@ -271,8 +271,8 @@ class Recipe(Scoring):
         "group",
         choice("none", "group", "full"),
         "Quantizer",
-        "Order in which columns are rounded: as they stand, the loudest first inside each group,"
-        " or the loudest first overall (desc_act).",
+        "Columns are rounded as they stand, by decreasing diagonal of the Hessian, or so and"
+        " grouped in that order too (desc_act).",
     )
     grid: GridChoice = option(
         "auto",

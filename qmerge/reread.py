@@ -11,13 +11,19 @@ from qmerge.storage.files import read_json
 REPORT = "qmerge_report.json"
 
 
-def read_report(path: Path) -> RunResult:
-    """The result of a release folder, or of its report. InputError names the file or the key."""
+def find_report(path: Path) -> Path:
+    """The report of a release folder, or `path` where it is one. InputError where there is none."""
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         where = f"{path} holds no {REPORT}" if path.is_dir() else f"{path}: no such report"
         hint = f"give a release that `qmerge run` made, or its {REPORT}"
         raise InputError(where, hint=hint)
+    return file
+
+
+def read_report(path: Path) -> RunResult:
+    """The result of a release folder, or of its report. InputError names the file or the key."""
+    file = find_report(path)
     result = RunResult.from_dict(read_json(file), source=str(file))
     for arm, scores in result.arms.items():
         for corpus, score in scores.items():

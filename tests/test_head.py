@@ -21,7 +21,7 @@ from qmerge.storage.checkpoint import Checkpoint
 from qmerge.verify import Against, verify
 from qmerge.walk import Walk
 from tests.formats.test_gptq_oracle import same_weights
-from tests.gptq.reference import gptq
+from tests.gptq.reference import Steps, gptq
 from tests.test_pipeline import close, decoded_model, perplexity, windows
 from tests.test_reshaped import untie
 
@@ -110,8 +110,8 @@ def test_a_plain_one_is_what_a_naive_gptq_makes(
     W = Checkpoint.open(plain.base).read("lm_head.weight").double()
     grid = open_format(Checkpoint.open(plain.out)).integer("lm_head.weight")
     assert grid is not None
-    given = (grid.scales_OG, grid.zeros_OG, grid.group_of_column)
-    naive = gptq(W, H, bits=2, group=32, order="full", grid=given)
+    given = Steps(grid.scales_OG.double(), grid.zeros_OG.double(), grid.group_of_column)
+    naive = gptq(W, H, given, bits=2, desc_act=True)
     assert (naive.codes == grid.codes_OI).double().mean() > 0.999
     error = ((grid.dense().double() - W) @ X.T).square().sum() / (W @ X.T).square().sum()
     assert said.error == pytest.approx(float(error), rel=1e-3)

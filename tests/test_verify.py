@@ -166,10 +166,6 @@ def better_figures(release: Path) -> None:
     (release / REPORT).write_text(text.replace('"perplexity": ', '"perplexity": 1', 1))
 
 
-def no_report(release: Path) -> None:
-    (release / REPORT).unlink()
-
-
 def other_recipe(release: Path) -> None:
     file = release / "qmerge_recipe.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
@@ -189,7 +185,6 @@ def other_recipe(release: Path) -> None:
         (torn_write, {"strays"}),
         (cut_a_shard, {"digests", "index", "names-and-shapes"}),
         (better_figures, {"report"}),
-        (no_report, {"report"}),
         (other_recipe, {"digests"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -197,6 +192,13 @@ def other_recipe(release: Path) -> None:
 def test_damage_is_named(release: Path, harm: Callable[[Path], None], names: set[str]) -> None:
     harm(release)
     assert names <= set(verify(release).failed)
+
+
+def test_a_folder_without_a_report_is_no_release(release: Path) -> None:
+    (release / REPORT).unlink()
+    with pytest.raises(InputError, match=f"holds no {REPORT}") as error:
+        verify(release)
+    assert "qmerge run" in (error.value.hint or "")
 
 
 # The same with the report made to fit, so that the digests say nothing.

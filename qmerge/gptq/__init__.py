@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qmerge.gptq.factor import Factor, Order, factor
+from qmerge.gptq.factor import Factor, factor
 from qmerge.gptq.grid import Grid, GridSpec
 from qmerge.gptq.hessian import Hessian, output_squares
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import Drift, aim
-from qmerge.gptq.update import GridChoice, Update, expressible, solve_update
+from qmerge.gptq.update import GridChoice, Order, Update, expressible, solve_update
 
 __all__ = [
     "Drift",

@@ -9,7 +9,7 @@ recursion of GPTQ (Frantar et al. 2022) without the inverse of H, in the form of
 So columns are laid out in the reverse of the order in which they are rounded: the last row of the
 layout is the first column to be rounded.
 
-Shapes: I in features, G groups.
+Shapes: I in features.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qmerge.gptq.grid import all_finite, group_width
-
-Order = Literal["none", "group", "full"]
+from qmerge.gptq.grid import all_finite
 
 # Of the mean diagonal. Each failure multiplies it by ten, up to the mean itself.
 DAMPING = 0.01
@@ -41,8 +38,6 @@ class Factor:
     `fallback` says what had to give way: None where damping sufficed.
     """
 
-    order: Order
-    group_size: int
     layout_I: Tensor
     lower_II: Tensor
     weight_I: Tensor
@@ -73,21 +68,19 @@ class Factor:
         return self.own_order(M_IO).T
 
 
-def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float = DAMPING) -> Factor:
+def factor(H_II: Tensor, *, desc_act: bool = True, damping: float = DAMPING) -> Factor:
     """Damp, order and factor `H_II`, the mean of XᵀX; its dtype is that of the solve.
 
-    Where the damped matrix is not positive definite, damping rises tenfold up to the mean diagonal;
-    after that each diagonal entry is raised to its row's absolute sum, which makes any finite
-    matrix positive definite; a matrix that is not finite or is zero leaves nearest rounding.
+    With `desc_act` columns are rounded by decreasing diagonal, else in their own order. Where the
+    damped matrix is not positive definite, damping rises tenfold up to the mean diagonal; after
+    that each diagonal entry is raised to its row's absolute sum, which makes any finite matrix
+    positive definite; a matrix that is not finite or is zero leaves nearest rounding.
     """
-    width = H_II.shape[0]
-    group = group_width(group_size, width)
     mean = float(H_II.diagonal().double().mean())
     broken = _broken(H_II, mean)
     if broken is not None:
-        layout_I = torch.arange(width - 1, -1, -1, device=H_II.device)
-        return _nearest(H_II, layout_I, order, group, f"nearest rounding: {broken}")
-    layout_I = layout(H_II.diagonal(), order=order, group=group)
+        return _nearest(H_II, _layout(H_II, desc_act=False), f"nearest rounding: {broken}")
+    layout_I = _layout(H_II, desc_act=desc_act)
     info = torch.empty((), dtype=torch.int32, device=H_II.device)
     for fraction, floor_I, fallback in _attempts(H_II, layout_I, mean, damping):
         # Symmetric, so that its transpose is the same matrix laid out as LAPACK wants it: in place.
@@ -97,8 +90,6 @@ def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float =
         root_I = lower_II.diagonal().clone()
         if int(info) == 0 and _sound(root_I):
             return Factor(
-                order=order,
-                group_size=group,
                 layout_I=layout_I,
                 lower_II=lower_II.div_(root_I),
                 weight_I=root_I.square_().mul_(mean),
@@ -106,29 +97,14 @@ def factor(H_II: Tensor, *, order: Order, group_size: int = -1, damping: float =
                 damping=fraction,
                 fallback=fallback,
             )
-    reason = "nearest rounding: the Hessian could not be factored"
-    return _nearest(H_II, layout_I, order, group, reason)
+    return _nearest(H_II, layout_I, "nearest rounding: the Hessian could not be factored")
 
 
-def layout(diagonal_I: Tensor, *, order: Order, group: int) -> Tensor:
-    """Columns, last rounded first, so that those with the largest diagonal are rounded first.
-
-    "group" sorts columns inside their groups and the groups by their sums, and so leaves each
-    column in its own group; "full" sorts all columns, and groups follow the sorted order.
-    """
-    width = diagonal_I.shape[0]
-    if order == "none":
-        return torch.arange(width - 1, -1, -1, device=diagonal_I.device)
-    if order == "full":
-        return diagonal_I.argsort(descending=True, stable=True).flip(0)
-    diagonal_GC = diagonal_I.reshape(-1, group)
-    inner_GC = diagonal_GC.argsort(dim=1, descending=True, stable=True)
-    outer_G = diagonal_GC.sum(1).argsort(descending=True, stable=True)
-    return (
-        (inner_GC + torch.arange(0, width, group, device=diagonal_I.device)[:, None])[outer_G]
-        .flatten()
-        .flip(0)
-    )
+def _layout(H_II: Tensor, *, desc_act: bool) -> Tensor:
+    """Columns, last rounded first."""
+    if desc_act:
+        return H_II.diagonal().argsort(descending=True, stable=True).flip(0)
+    return torch.arange(H_II.shape[0] - 1, -1, -1, device=H_II.device)
 
 
 def _broken(H_II: Tensor, mean: float) -> str | None:
@@ -161,15 +137,13 @@ def _attempts(
     yield damping, floor_I, "diagonal floor: the damped Hessian was not positive definite"
 
 
-def _nearest(H_II: Tensor, layout_I: Tensor, order: Order, group: int, reason: str) -> Factor:
+def _nearest(H_II: Tensor, layout_I: Tensor, reason: str) -> Factor:
     """A factor without feedback: every column of equal weight and rounded on its own.
 
     Damping is all there is of it, so that what is reported as loss is 0: nothing is known of it.
     """
     width = H_II.shape[0]
     return Factor(
-        order=order,
-        group_size=group,
         layout_I=layout_I,
         lower_II=H_II.new_zeros(()).expand(width, width),
         weight_I=H_II.new_ones(width),

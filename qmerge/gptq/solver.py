@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qmerge.errors import InputError
 from qmerge.gptq.factor import Factor
-from qmerge.gptq.grid import Grid, GridSpec, all_finite, fit, group_width
+from qmerge.gptq.grid import Grid, all_finite
 
 # Columns rounded one after another before their errors are fed on by a matrix product.
 LEAF = 32
@@ -64,19 +64,18 @@ class Solution:
         )
 
 
-def solve(W_OI: Tensor, factor: Factor, spec: GridSpec, *, grid: Grid | None = None) -> Solution:
-    """Round `W_OI` with error feedback, onto `grid` where given, else onto grids fitted on the way.
+def solve(W_OI: Tensor, factor: Factor, grid: Grid, *, bits: int) -> Solution:
+    """Round `W_OI` onto `grid` with error feedback, to codes of `bits` bits.
 
-    A group's step and zero point are fitted when its first column is reached, on columns that carry
-    the errors of every earlier group. On a given grid columns keep the grid's groups whatever the
-    factor's order. Raises InputError for a weight that is not finite.
+    Columns are rounded in the factor's order, whatever groups the grid has. Raises InputError for a
+    weight that is not finite.
     """
     if not all_finite(W_OI):
         raise InputError("the weight holds values that are not finite")
     parts = []
     for start in range(0, W_OI.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        walk = _Walk(W_OI[rows], factor, spec, grid.rows(rows) if grid else None)
+        walk = _Walk(W_OI[rows], factor, grid.rows(rows), (1 << bits) - 1)
         walk.round(0, factor.width)
         parts.append(walk.solution())
     return parts[0] if len(parts) == 1 else _joined(parts)
@@ -96,74 +95,40 @@ def _joined(parts: list[Solution]) -> Solution:
 class _Walk:
     """One pass over the columns, from the last row of the layout to the first."""
 
-    def __init__(self, W_OI: Tensor, factor: Factor, spec: GridSpec, grid: Grid | None) -> None:
-        self.factor, self.spec, self.grid = factor, spec, grid
+    def __init__(self, W_OI: Tensor, factor: Factor, grid: Grid, top: int) -> None:
+        self.factor, self.grid, self.top = factor, grid, top
         # Targets, to become fed error; weights, to become error; codes.
         self.target_IO = W_OI.T.to(factor.lower_II.dtype).index_select(0, factor.layout_I)
         self.error_IO = self.target_IO.clone()
         self.codes_IO = torch.empty_like(self.target_IO, dtype=torch.uint8)
-        if grid is None:
-            # A layout's groups are equal runs whatever its order.
-            self.group = group_width(spec.group_size, factor.width)
-            assert factor.order == "none" or self.group == factor.group_size
-            shape = (factor.width // self.group, W_OI.shape[0])
-            self.scales_GO = self.target_IO.new_empty(shape)
-            self.zeros_GO = self.target_IO.new_empty(shape)
-            rows_I = torch.arange(factor.width, device=W_OI.device)
-            self.group_of_I = rows_I // self.group
-        else:
-            self.group = 0
-            self.scales_GO = grid.scales_OG.T.to(self.target_IO.dtype).contiguous()
-            self.zeros_GO = grid.zeros_OG.T.to(self.target_IO.dtype).contiguous()
-            self.group_of_I = grid.groups_of_columns(factor.width)[factor.layout_I]
+        self.scales_GO = grid.scales_OG.T.to(self.target_IO.dtype).contiguous()
+        self.offsets_GO = self.scales_GO * grid.zeros_OG.T
+        self.group_of_I = grid.groups_of_columns(factor.width)[factor.layout_I]
 
     def round(self, start: int, stop: int) -> None:
         """Round rows start..stop, the later half first; nearly all the work is the product."""
-        if stop - start == self.group:
-            self._fit(start, stop)
-        if stop - start <= LEAF and stop - start <= (self.group or LEAF):
+        if stop - start <= LEAF:
             self._leaf(start, stop)
             return
-        middle = self._middle(start, stop)
+        middle = (start + stop) // 2
         self.round(middle, stop)
         self.target_IO[start:middle].addmm_(
             self.factor.lower_II[middle:stop, start:middle].T, self.error_IO[middle:stop]
         )
         self.round(start, middle)
 
-    def _middle(self, start: int, stop: int) -> int:
-        """Where to halve: between groups while there are several, then anywhere."""
-        span = stop - start
-        if 0 < self.group < span:
-            return start + span // self.group // 2 * self.group
-        return start + span // 2
-
-    def _fit(self, start: int, stop: int) -> None:
-        """Fit one group on its columns as they would be if none of them had to be rounded."""
-        group, weight_CO = start // self.group, self.error_IO[start:stop]
-        shift_CO = torch.linalg.solve_triangular(
-            self.factor.lower_II[start:stop, start:stop].T,
-            weight_CO - self.target_IO[start:stop],
-            upper=True,
-            unitriangular=True,
-        )
-        self.scales_GO[group], self.zeros_GO[group] = fit(
-            weight_CO - shift_CO, self.factor.weight_I[start:stop], self.spec
-        )
-
     def _leaf(self, start: int, stop: int) -> None:
         """Round a few columns one by one, on vectors over all rows."""
         rows = slice(start, stop)
         scale_CO = self.scales_GO.index_select(0, self.group_of_I[rows])
         # Both are moved by the zero point, so that a code is a plain quotient.
-        offset_CO = self.zeros_GO.index_select(0, self.group_of_I[rows]).mul_(scale_CO)
+        offset_CO = self.offsets_GO.index_select(0, self.group_of_I[rows])
         target_CO = self.target_IO[rows].add_(offset_CO)
         error_CO = self.error_IO[rows].add_(offset_CO)
         code_CO = torch.empty_like(target_CO)
         feed_CC = self.factor.lower_II[rows, rows].T.triu(1)
         round_columns = round_by_numpy if target_CO.device.type == "cpu" else round_by_torch
-        leaf = Leaf(target_CO, error_CO, code_CO, scale_CO, feed_CC)
-        round_columns(leaf, self.spec.top)
+        round_columns(Leaf(target_CO, error_CO, code_CO, scale_CO, feed_CC), self.top)
         target_CO.addcmul_(code_CO, scale_CO, value=-1)
         self.codes_IO[rows] = code_CO
 
@@ -173,34 +138,15 @@ class _Walk:
         loss_O -= self.factor.damping_I @ self.error_IO.square_()
         del self.target_IO, self.error_IO
         codes_OI = self.factor.own_order(self.codes_IO).T.contiguous()
-        grid = self._fitted() if self.grid is None else self.grid
         return Solution(
             codes_OI=codes_OI,
-            scales_OG=grid.scales_OG,
-            zeros_OG=grid.zeros_OG,
-            g_idx_I=grid.g_idx_I,
-            weight_OI=grid.decode(codes_OI),
+            scales_OG=self.grid.scales_OG,
+            zeros_OG=self.grid.zeros_OG,
+            g_idx_I=self.grid.g_idx_I,
+            weight_OI=self.grid.decode(codes_OI),
             loss_O=loss_O.clamp_(min=0),
             damping=self.factor.damping,
             fallback=self.factor.fallback,
-        )
-
-    def _fitted(self) -> Grid:
-        """The fitted groups, numbered by their columns, or as rounded where columns are mixed."""
-        layout_I, g_idx_I = self.factor.layout_I, None
-        groups = self.scales_GO.shape[0]
-        if self.factor.order == "full" and groups > 1:
-            number_G = torch.arange(groups - 1, -1, -1, device=layout_I.device)
-            g_idx_I = torch.empty_like(layout_I, dtype=torch.int32)
-            g_idx_I[layout_I] = number_G.repeat_interleave(self.group).to(torch.int32)
-        else:
-            number_G = layout_I[:: self.group] // self.group
-        scales_GO, zeros_GO = torch.empty_like(self.scales_GO), torch.empty_like(self.zeros_GO)
-        scales_GO[number_G], zeros_GO[number_G] = self.scales_GO, self.zeros_GO
-        return Grid(
-            scales_OG=scales_GO.T.to(self.spec.scale_dtype).contiguous(),
-            zeros_OG=zeros_GO.T.to(torch.int32).contiguous(),
-            g_idx_I=g_idx_I,
         )
 
 

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qmerge.gptq.factor import DAMPING, Order, factor
+from qmerge.gptq.factor import DAMPING, factor
 from qmerge.gptq.grid import Grid, GridSpec, fit_groups, group_width
 from qmerge.gptq.hessian import output_squares
 from qmerge.gptq.refine import Whole, per_part, per_row, refit
@@ -32,6 +32,7 @@ from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import aim
 
 GridChoice = Literal["fresh", "anchored", "auto"]
+Order = Literal["none", "group", "full"]
 
 # κ goes at most so far where the last refit can make up the rest: an update that rounding all but
 # erased comes back in few codes and much noise. (Updates of 0.06 of an adapter: KL 0.099e-3 with
@@ -125,7 +126,7 @@ class _Stack:
         damping: float,
         base: Grid | None,
     ) -> None:
-        self.factor = factor(H_II, order="none" if order == "none" else "full", damping=damping)
+        self.factor = factor(H_II, desc_act=order != "none", damping=damping)
         self.spec, self.base, self.rows = spec, base, rows
         dtype = self.factor.lower_II.dtype
         self.merged_OI, self.origin_OI = merged_OI.to(dtype), origin_OI.to(dtype)
@@ -164,12 +165,12 @@ class _Stack:
     def on_base(self, target_OI: Tensor, base: Grid, unit_survival: bool) -> tuple[Update, ...]:
         """Codes on the base's grid as it is, by a few passes."""
         kappa_P, aimed_OI = torch.ones_like(self.energy_P), target_OI
-        found = solve(target_OI, self.factor, self.spec, grid=base)
+        found = solve(target_OI, self.factor, base, bits=self.spec.bits)
         loss_P = per_part(found.loss_O, self.rows)
         for _ in range(ANCHORED_PASSES - 1 if unit_survival else 0):
             kappa_P = self.push(target_OI, found, kappa_P, ANCHORED_FURTHEST)
             aimed_OI = self.pushed(target_OI, kappa_P)
-            found = solve(aimed_OI, self.factor, self.spec, grid=base)
+            found = solve(aimed_OI, self.factor, base, bits=self.spec.bits)
         every_O = torch.ones_like(self.kept_O)
         return self.updates(found, aimed_OI, every_O, None, loss_P, kappa_P)
 
@@ -186,7 +187,7 @@ class _Stack:
                 pull_OI = torch.addcmul(target_OI @ self.H_II, target_OI, self.damping_I)
                 grid = self.refitted(pull_OI, found.codes_OI, grid, whole=False)
             aimed_OI = self.pushed(target_OI, kappa_P)
-            found = solve(aimed_OI, self.factor, self.spec, grid=grid)
+            found = solve(aimed_OI, self.factor, grid, bits=self.spec.bits)
             if refine:
                 grid = self.refitted(pull_OI, found.codes_OI, grid, whole=unit_survival)
                 weight_OI = grid.decode(found.codes_OI)
@@ -197,11 +198,10 @@ class _Stack:
         """Rows on the better grid, which are on the base's, and the loss of either per sibling."""
         weight_I = self.factor.own_order(self.factor.weight_I)
         fresh = fit_groups(target_OI, weight_I, self.spec, self.g_idx_I, self.groups)
+        on_fresh = solve(target_OI, self.factor, fresh, bits=self.spec.bits)
         if self.base is None:
-            found = solve(target_OI, self.factor, self.spec, grid=fresh)
-            return found, self.kept_O, per_part(found.loss_O, self.rows), None
-        on_fresh = solve(target_OI, self.factor, self.spec, grid=fresh)
-        on_base = solve(target_OI, self.factor, self.spec, grid=self.base)
+            return on_fresh, self.kept_O, per_part(on_fresh.loss_O, self.rows), None
+        on_base = solve(target_OI, self.factor, self.base, bits=self.spec.bits)
         based_O = self.kept_O | (on_base.loss_O < on_fresh.loss_O)
         losses = per_part(on_fresh.loss_O, self.rows), per_part(on_base.loss_O, self.rows)
         return chosen(based_O, on_base, on_fresh), based_O, *losses

@@ -7,6 +7,7 @@ from pathlib import Path
 from qmerge.errors import InputError
 from qmerge.model.opening import open_model
 from qmerge.progress import Progress, Silent
+from qmerge.reread import find_report
 from qmerge.results import RunResult
 from qmerge.verify.files import check_files, check_index, check_report
 from qmerge.verify.findings import Check, Findings, Verification
@@ -29,11 +30,13 @@ def verify(
     """Look at everything that a release claims; nothing in it is changed.
 
     `against` proves the weights from the inputs; `load` loads it in transformers or gptqmodel and
-    scores a sample. Raises `InputError` where the folder is none or `load` cannot be had.
+    scores a sample. Raises `InputError` where the folder is none or holds no report, and so is no
+    release, and where `load` cannot be had.
     """
     progress = progress or Silent()
     if not release.is_dir():
         raise InputError(f"{release}: no such folder", hint="give a release that `qmerge run` made")
+    find_report(release)
     findings = Findings()
     progress.stage("verify", 1)
     progress.step("files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -36,6 +37,13 @@ def test_help_imports_nothing_heavy() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.status(["--version"]) == 0
     assert capsys.readouterr().out == f"qmerge {__version__}\n"
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "qmerge", "verify", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "holds no qmerge_report.json\nhint: " in done.stderr
 
 
 @pytest.mark.parametrize(

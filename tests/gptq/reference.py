@@ -14,25 +14,25 @@ from torch import Tensor
 SMALLEST = {2: 0.25, 3: 0.40, 4: 0.50, 8: 0.85}
 
 
-class Reference(NamedTuple):
-    codes: Tensor
+class Steps(NamedTuple):
+    """Steps and zero points of each group, and the group of each column."""
+
     scales: Tensor
     zeros: Tensor
     g_idx: Tensor
+
+
+class Reference(NamedTuple):
+    codes: Tensor
+    steps: Steps
     weight: Tensor
     loss: float
 
 
-def columns_in_order(H: Tensor, order: str, group: int) -> list[int]:
+def columns_in_order(H: Tensor, desc_act: bool) -> list[int]:
     """Columns, first rounded first."""
-    width = H.shape[0]
     diagonal = H.diagonal().tolist()
-    if order == "none":
-        return list(range(width))
-    if order == "full":
-        return sorted(range(width), key=lambda i: -diagonal[i])
-    starts = sorted(range(0, width, group), key=lambda s: -sum(diagonal[s : s + group]))
-    return [i for s in starts for i in sorted(range(s, s + group), key=lambda i: -diagonal[i])]
+    return sorted(range(len(diagonal)), key=lambda i: -diagonal[i] if desc_act else i)
 
 
 def stored(step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,49 +76,55 @@ def fit(
     return stored(widest * best, dtype), zero
 
 
-def gptq(
+def grid(
     W: Tensor,
-    H: Tensor,
     *,
     bits: int = 4,
     group: int = -1,
     symmetric: bool = True,
-    order: str = "none",
-    damping: float = 0.01,
     dtype: torch.dtype = torch.float16,
-    grid: tuple[Tensor, Tensor, Tensor] | None = None,
+    weight: Tensor | None = None,
+    g_idx: Tensor | None = None,
+) -> Steps:
+    """Every group fitted on its own; `g_idx` None is equal runs of columns in order."""
+    width = W.shape[1]
+    weight = torch.ones(width).double() if weight is None else weight
+    if g_idx is None:
+        g_idx = torch.arange(width) // (width if group == -1 else group)
+    fitted = [
+        fit(W[:, g_idx == k].double(), weight[g_idx == k], bits, symmetric, dtype)
+        for k in range(int(g_idx.max()) + 1)
+    ]
+    scales, zeros = (torch.stack(each, 1) for each in zip(*fitted, strict=True))
+    return Steps(scales, zeros, g_idx)
+
+
+def gptq(
+    W: Tensor,
+    H: Tensor,
+    steps: Steps,
+    *,
+    bits: int = 4,
+    desc_act: bool = False,
+    damping: float = 0.01,
 ) -> Reference:
-    """Codes of `W` for the undamped `H`; `grid`: scales, zeros and the group of each column."""
+    """Codes of `W` for the undamped `H`."""
     W, H = W.double(), H.double()
     out, width = W.shape
-    group = width if group == -1 else group
-    columns = columns_in_order(H, order, group)
+    columns = columns_in_order(H, desc_act)
     damped = H + damping * H.diagonal().mean() * torch.eye(width, dtype=torch.float64)
     inverse = torch.linalg.inv(damped[columns][:, columns])
     U = torch.linalg.cholesky(inverse, upper=True)
     fed = W[:, columns].clone()
     codes = torch.zeros(out, width, dtype=torch.float64)
     decoded = torch.zeros_like(W)
-    if grid is None:
-        count = width // group
-        scales, zeros = torch.zeros(out, count).double(), torch.zeros(out, count).double()
-        g_idx = torch.zeros(width, dtype=torch.long)
-    else:
-        scales, zeros, g_idx = grid[0].double(), grid[1].double(), grid[2].long()
     for position, column in enumerate(columns):
-        if grid is None:
-            number = position // group if order == "full" else column // group
-            g_idx[column] = number
-            if position % group == 0:
-                conditional = 1.0 / U.diagonal()[position : position + group] ** 2
-                scales[:, number], zeros[:, number] = fit(
-                    fed[:, position : position + group], conditional, bits, symmetric, dtype
-                )
-        scale, zero = scales[:, g_idx[column]], zeros[:, g_idx[column]]
+        group = steps.g_idx[column]
+        scale, zero = steps.scales[:, group], steps.zeros[:, group]
         code = (torch.round(fed[:, position] / scale + zero)).clamp(0, 2**bits - 1)
         codes[:, column] = code
         decoded[:, column] = (code - zero) * scale
         error = (fed[:, position] - decoded[:, column]) / U[position, position]
         fed[:, position + 1 :] -= error[:, None] * U[position, position + 1 :]
     E = W - decoded
-    return Reference(codes, scales, zeros, g_idx, decoded, float((E @ H * E).sum()))
+    return Reference(codes, steps, decoded, float((E @ H * E).sum()))

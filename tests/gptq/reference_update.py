@@ -69,42 +69,38 @@ def requantize(
     group: int,
     symmetric: bool,
     target: Tensor,
-    base: tuple[Tensor, Tensor, Tensor] | None,
+    base: reference.Steps | None,
     unit_survival: bool,
-    refine: bool = True,
-    order: str = "full",
+    refine: bool,
+    desc_act: bool,
     dtype: torch.dtype = torch.float16,
 ) -> Wanted:
     """What `solve_update` is to return for all siblings together, on trivial groups."""
     width, update = merged.shape[1], merged - origin
     damping = 0.01 * H.diagonal().mean() * torch.eye(width).double()
     damped = H + damping
-    g_idx = torch.arange(width) // group
-    columns = reference.columns_in_order(H, order, width)
+    columns = reference.columns_in_order(H, desc_act)
     inverse = torch.linalg.inv(damped[columns][:, columns])
     conditional = torch.zeros(width).double()
     conditional[columns] = 1 / torch.linalg.cholesky(inverse, upper=True).diagonal() ** 2
     parts = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
 
-    def rounded(aim: Tensor, grid: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        found = reference.gptq(aim, H, bits=bits, order=order, grid=grid)
+    def rounded(aim: Tensor, steps: reference.Steps) -> tuple[Tensor, Tensor, Tensor]:
+        found = reference.gptq(aim, H, steps, bits=bits, desc_act=desc_act)
         error = aim - found.weight
         return found.codes, found.weight, (error @ H * error).sum(1)
 
-    fitted = [
-        reference.fit(target[:, g_idx == k], conditional[g_idx == k], bits, symmetric, dtype)
-        for k in range(width // group)
-    ]
-    scales = torch.stack([step for step, _ in fitted], 1)
-    zeros = torch.stack([zero for _, zero in fitted], 1)
-    codes, weight, loss = rounded(target, (scales, zeros, g_idx))
+    scales, zeros, g_idx = fitted = reference.grid(
+        target, bits=bits, group=group, symmetric=symmetric, dtype=dtype, weight=conditional
+    )
+    codes, weight, loss = rounded(target, fitted)
     based = torch.zeros(len(merged), dtype=torch.bool)
     if base is not None:
         base_codes, base_weight, base_loss = rounded(target, base)
         based = base_loss < loss
         mask = based[:, None]
         codes, weight = torch.where(mask, base_codes, codes), torch.where(mask, base_weight, weight)
-        scales, zeros = torch.where(mask, base[0], scales), torch.where(mask, base[1], zeros)
+        scales, zeros = torch.where(mask, base.scales, scales), torch.where(mask, base.zeros, zeros)
     kappa = torch.ones(len(rows)).double()
     for part in range(len(rows)) if unit_survival else ():
         own = parts == part
@@ -118,7 +114,7 @@ def requantize(
     if refine:
         scales = refit(target, codes, scales, zeros, g_idx, damped, [], dtype)
     pushed = target + (kappa[parts] - 1)[:, None] * update
-    codes, _, _ = rounded(pushed, (scales, zeros, g_idx))
+    codes, _, _ = rounded(pushed, reference.Steps(scales, zeros, g_idx))
     conditions = []
     for part in range(len(rows)) if unit_survival else ():
         direction = (update @ H) * (parts == part)[:, None]

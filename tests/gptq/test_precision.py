@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qmerge import precision
-from qmerge.gptq import GridSpec, Hessian, factor, solve
+from qmerge.gptq import GridSpec, Hessian, solve_update
 from qmerge.precision import reduced_precision
 from tests.gptq.problems import inputs, weight
 
@@ -59,8 +59,7 @@ def test_a_solution_under_it_is_as_good() -> None:
     X, W = inputs(TOKENS, WIDTH, seed=4), weight(64, WIDTH, seed=5)
     losses = []
     for H in (X.T @ X / TOKENS, gathered(X.float())):
-        under = factor(H, order="group", group_size=64)
-        found = solve(W.to(H), under, GridSpec(bits=4, group_size=64))
-        error = W - found.weight_OI.double()
+        (found,) = solve_update(W.to(H), W.to(H), H, GridSpec(group_size=64), rows=(64,))
+        error = W - found.solution.weight_OI.double()
         losses.append(float((error @ X.T).square().mean()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)

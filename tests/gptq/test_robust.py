@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.gptq import GridSpec, Hessian, Order, factor, solve
+from qmerge.gptq import GridSpec, Hessian, Order, Solution, solve_update
 from tests.gptq import reference
 from tests.gptq.problems import inputs, second_moment, weight
 
 OUT, WIDTH, GROUP = 6, 64, 16
 SPEC = GridSpec(bits=4, group_size=GROUP)
 ORDERS: tuple[Order, ...] = ("none", "group", "full")
+
+
+def solve(W: Tensor, H: Tensor, spec: GridSpec = SPEC, **asked: Any) -> Solution:
+    """Plain GPTQ, as of a dense checkpoint."""
+    plain: dict[str, Any] = {"unit_survival": False, "refine": False, "rows": (OUT,)}
+    (found,) = solve_update(W, W, H, spec, **plain, **asked)
+    return found.solution
 
 
 def nearest(W: Tensor) -> Tensor:
@@ -29,7 +38,7 @@ def test_dead_columns_keep_nearest_rounding(order: Order) -> None:
     H, W = second_moment(WIDTH, seed=1), weight(OUT, WIDTH, seed=1)
     dead = [0, 5, 17, 63]
     H[dead], H[:, dead] = 0.0, 0.0
-    solution = solve(W.float(), factor(H.float(), order=order, group_size=GROUP), SPEC)
+    solution = solve(W.float(), H.float(), order=order)
     group = torch.arange(WIDTH) // GROUP if solution.g_idx_I is None else solution.g_idx_I.long()
     step = solution.scales_OG.double()[:, group[dead]]
     wanted = torch.round(W[:, dead] / step).clamp(-8, 7) * step
@@ -45,8 +54,7 @@ def test_few_tokens(tokens: int, order: Order) -> None:
     hessian = Hessian(WIDTH)
     hessian.add(X)
     W = weight(OUT, WIDTH, seed=2).float()
-    found = factor(hessian.mean(), order=order, group_size=GROUP)
-    solution = solve(W, found, SPEC)
+    solution = solve(W, hessian.mean(), order=order)
     assert torch.isfinite(solution.weight_OI).all()
     assert solution.damping >= 0.01
     output_error = (X @ (solution.weight_OI - W).T).square().sum()
@@ -57,10 +65,10 @@ def test_damping_rises_where_the_matrix_is_singular() -> None:
     hessian = Hessian(WIDTH)
     hessian.add(inputs(5, WIDTH, seed=3))
     W = weight(OUT, WIDTH, seed=3).float()
-    found = factor(hessian.mean(), order="none", group_size=GROUP, damping=0.0)
-    assert 0.0 < found.damping <= 0.01
-    assert found.fallback is None
-    assert torch.isfinite(solve(W, found, SPEC).weight_OI).all()
+    solution = solve(W, hessian.mean().float(), damping=0.0)
+    assert 0.0 < solution.damping <= 0.01
+    assert solution.fallback is None
+    assert torch.isfinite(solution.weight_OI).all()
 
 
 def test_indefinite_matrix_takes_the_diagonal_floor() -> None:
@@ -68,7 +76,7 @@ def test_indefinite_matrix_takes_the_diagonal_floor() -> None:
     noise = torch.randn(WIDTH, WIDTH, generator=generator)
     H = torch.eye(WIDTH) + 3 * (noise + noise.T)
     W = weight(OUT, WIDTH, seed=4).float()
-    solution = solve(W, factor(H, order="full", group_size=GROUP), SPEC)
+    solution = solve(W, H, order="full")
     assert solution.fallback is not None
     assert solution.fallback.startswith("diagonal floor")
     assert torch.isfinite(solution.weight_OI).all()
@@ -80,7 +88,7 @@ def test_indefinite_matrix_takes_the_diagonal_floor() -> None:
 def test_hessian_that_is_not_finite_leaves_nearest_rounding(poison: float, order: Order) -> None:
     H, W = second_moment(WIDTH, seed=5).float(), weight(OUT, WIDTH, seed=5).float()
     H[7, 9] = H[9, 7] = poison
-    solution = solve(W, factor(H, order=order, group_size=GROUP), SPEC)
+    solution = solve(W, H, order=order)
     assert solution.fallback == "nearest rounding: the Hessian is not finite"
     assert solution.g_idx_I is None or order == "full"
     if order != "full":
@@ -89,8 +97,7 @@ def test_hessian_that_is_not_finite_leaves_nearest_rounding(poison: float, order
 
 def test_no_tokens_leave_nearest_rounding() -> None:
     W = weight(OUT, WIDTH, seed=6).float()
-    found = factor(Hessian(WIDTH).mean(), order="group", group_size=GROUP)
-    solution = solve(W, found, SPEC)
+    solution = solve(W, Hessian(WIDTH).mean())
     assert solution.fallback == "nearest rounding: the input was never active in calibration"
     assert solution.loss == 0.0
     torch.testing.assert_close(solution.weight_OI.double(), nearest(W), rtol=1e-6, atol=0)
@@ -99,8 +106,8 @@ def test_no_tokens_leave_nearest_rounding() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
 def test_the_size_of_the_hessian_does_not_matter(size: float) -> None:
     H, W = second_moment(WIDTH, seed=7), weight(OUT, WIDTH, seed=7).float()
-    plain = solve(W, factor(H.float(), order="group", group_size=GROUP), SPEC)
-    scaled = solve(W, factor((H * size).float(), order="group", group_size=GROUP), SPEC)
+    plain = solve(W, H.float())
+    scaled = solve(W, (H * size).float())
     assert scaled.fallback is None
     assert (scaled.codes_OI != plain.codes_OI).double().mean() < 0.01
 
@@ -112,7 +119,7 @@ def test_steps_stay_storable(size: float, symmetric: bool) -> None:
     H, W = second_moment(WIDTH, seed=8).float(), weight(OUT, WIDTH, seed=8).float()
     W[:, :GROUP] *= size
     spec = GridSpec(bits=4, group_size=GROUP, symmetric=symmetric)
-    solution = solve(W, factor(H, order="none", group_size=GROUP), spec)
+    solution = solve(W, H, spec, order="none")
     assert torch.isfinite(solution.scales_OG).all()
     assert (solution.scales_OG > 0).all()
     assert torch.isfinite(solution.weight_OI).all()
@@ -125,7 +132,7 @@ def test_a_group_of_one_sign_reaches_its_far_end(sign: float) -> None:
     H = torch.eye(WIDTH)
     W = sign * (weight(OUT, WIDTH, seed=9).float().abs() + 0.05)
     spec = GridSpec(bits=4, group_size=GROUP, symmetric=False)
-    solution = solve(W, factor(H, order="none", group_size=GROUP), spec)
+    solution = solve(W, H, spec, order="none")
     assert ((solution.zeros_OG >= 0) & (solution.zeros_OG <= 15)).all()
     assert (solution.weight_OI - W).abs().max() < 0.01
 
@@ -133,7 +140,7 @@ def test_a_group_of_one_sign_reaches_its_far_end(sign: float) -> None:
 def test_options_that_cannot_be() -> None:
     with pytest.raises(RecipeError, match="bits: 5"):
         GridSpec(bits=5)
-    with pytest.raises(RecipeError, match="group size: 48"):
-        factor(torch.eye(WIDTH), order="none", group_size=48)
-    with pytest.raises(RecipeError, match="group size: 0"):
-        factor(torch.eye(WIDTH), order="none", group_size=0)
+    for group in (48, 0):
+        spec = GridSpec(group_size=group)
+        with pytest.raises(RecipeError, match=f"group size: {group}"):
+            solve(weight(OUT, WIDTH, seed=10), torch.eye(WIDTH), spec)

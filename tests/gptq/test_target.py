@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmerge.gptq import Drift, Order, aim, factor
+from qmerge.gptq import Drift, aim, factor
 from tests.gptq.problems import inputs, weight
 
 TOKENS, OUT, WIDTH = 200, 9, 24
@@ -37,9 +37,9 @@ def naive_trust(X: Tensor, missing: Tensor) -> float:
     return float(2 * signal / (signal + square))
 
 
-@pytest.mark.parametrize("order", ["none", "group", "full"])
+@pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("beside", ["inputs", "residual", "both"])
-def test_goes_towards_the_least_squares_target(order: Order, beside: str) -> None:
+def test_goes_towards_the_least_squares_target(desc_act: bool, beside: str) -> None:
     """All the way would be where the output on the release's input is nearest to the reference's,
     with damping as a pull towards the weight itself."""
     X, W = inputs(TOKENS, WIDTH, seed=1), weight(OUT, WIDTH, seed=1)
@@ -48,7 +48,7 @@ def test_goes_towards_the_least_squares_target(order: Order, beside: str) -> Non
     use_drift, use_residual = beside != "residual", beside != "inputs"
     target = aim(
         W,
-        factor(X.T @ X / TOKENS, order=order, group_size=8),
+        factor(X.T @ X / TOKENS, desc_act=desc_act),
         gathered(reference, X, X).mean() if use_drift else None,
         gathered(stream + lost, stream, X).mean() if use_residual else None,
     )
@@ -68,7 +68,7 @@ def test_noise_is_not_followed() -> None:
     few = slice(0, 30)
     drift = Drift(OUT, WIDTH, dtype=torch.float64)
     drift.add((stream + lost)[few], stream[few], X[few])
-    found = factor(X[few].T @ X[few] / 30, order="none")
+    found = factor(X[few].T @ X[few] / 30, desc_act=False)
     moved = aim(W, found, residual_2OI=drift.mean()) - W
     everything = found.divide(drift.mean().mean(0))
     assert moved.norm() < 0.5 * everything.norm()
@@ -76,7 +76,7 @@ def test_noise_is_not_followed() -> None:
 
 def test_rows_beyond_the_judges_move_as_well() -> None:
     X, W = inputs(TOKENS, WIDTH, seed=8), weight(600, WIDTH, seed=8)
-    found = factor(X.T @ X / TOKENS, order="full")
+    found = factor(X.T @ X / TOKENS)
     drift = gathered(1.1 * X, X, X).mean()
     target = aim(W, found, drift)
     ratio = (target - W).norm(dim=1) / W.norm(dim=1)
@@ -85,7 +85,7 @@ def test_rows_beyond_the_judges_move_as_well() -> None:
 
 def test_without_drift_the_target_is_the_weight() -> None:
     X, W = inputs(TOKENS, WIDTH, seed=9), weight(OUT, WIDTH, seed=9)
-    found = factor(X.T @ X / TOKENS, order="none")
+    found = factor(X.T @ X / TOKENS, desc_act=False)
     assert torch.equal(aim(W, found), W)
     assert torch.equal(aim(W, found, Drift(WIDTH, WIDTH).mean(), Drift(OUT, WIDTH).mean()), W)
 
@@ -93,9 +93,9 @@ def test_without_drift_the_target_is_the_weight() -> None:
 def test_nearest_rounding_and_bad_drift_aim_at_the_weight() -> None:
     X, W = inputs(TOKENS, WIDTH, seed=10), weight(OUT, WIDTH, seed=10)
     drift = torch.ones(2, WIDTH, WIDTH, dtype=torch.float64)
-    assert torch.equal(aim(W, factor(torch.zeros(WIDTH, WIDTH).double(), order="none"), drift), W)
+    assert torch.equal(aim(W, factor(torch.zeros(WIDTH, WIDTH).double(), desc_act=False), drift), W)
     drift[0, 3, 4] = torch.nan
-    assert torch.equal(aim(W, factor(X.T @ X / TOKENS, order="none"), drift), W)
+    assert torch.equal(aim(W, factor(X.T @ X / TOKENS, desc_act=False), drift), W)
 
 
 def test_tokens_that_are_not_finite_are_left_out() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,20 +23,27 @@ def low_rank(size: float, seed: int) -> Tensor:
 
 
 def base_of(H: Tensor, bits: int, symmetric: bool, group: int = GROUP) -> reference.Reference:
-    return reference.gptq(
-        weight(OUT, WIDTH, seed=1), H, bits=bits, group=group, symmetric=symmetric, order="group"
-    )
+    W = weight(OUT, WIDTH, seed=1)
+    steps = reference.grid(W, bits=bits, group=group, symmetric=symmetric)
+    return reference.gptq(W, H, steps, bits=bits, desc_act=True)
 
 
 def given(base: reference.Reference) -> Grid:
-    return Grid(scales_OG=base.scales.half(), zeros_OG=base.zeros.int())
+    return Grid(scales_OG=base.steps.scales.half(), zeros_OG=base.steps.zeros.int())
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "anchor", "size"), OPTIONS)
 @pytest.mark.parametrize("unit_survival", [True, False])
 @pytest.mark.parametrize("refine", [True, False])
+@pytest.mark.parametrize("order", ["none", "group"])
 def test_equals_naive_float64(
-    bits: int, symmetric: bool, anchor: bool, size: float, unit_survival: bool, refine: bool
+    bits: int,
+    symmetric: bool,
+    anchor: bool,
+    size: float,
+    unit_survival: bool,
+    refine: bool,
+    order: Order,
 ) -> None:
     H = second_moment(WIDTH, seed=2)
     base = base_of(H, bits, symmetric)
@@ -48,6 +56,7 @@ def test_equals_naive_float64(
         H,
         GridSpec(bits=bits, group_size=GROUP, symmetric=symmetric),
         rows=ROWS,
+        order=order,
         base=given(base) if anchor else None,
         unit_survival=unit_survival,
         refine=refine,
@@ -62,10 +71,11 @@ def test_equals_naive_float64(
         bits=bits,
         group=GROUP,
         symmetric=symmetric,
-        target=aim(merged, factor(H, order="full"), drift, residual),
-        base=(base.scales, base.zeros, base.g_idx) if anchor else None,
+        target=aim(merged, factor(H, desc_act=order != "none"), drift, residual),
+        base=base.steps if anchor else None,
         unit_survival=unit_survival,
         refine=refine,
+        desc_act=order != "none",
     )
     for tensor, own in (("codes_OI", wanted.codes), ("zeros_OG", wanted.zeros)):
         stacked = torch.cat([getattr(update.solution, tensor) for update in found])
@@ -126,14 +136,15 @@ def test_anchored_keeps_steps_and_zero_points() -> None:
         )
         scales = torch.cat([part.solution.scales_OG for part in found])
         zeros = torch.cat([part.solution.zeros_OG for part in found])
-        assert torch.equal(scales, base.scales.half())
-        assert torch.equal(zeros.double(), base.zeros)
+        assert torch.equal(scales, base.steps.scales.half())
+        assert torch.equal(zeros.double(), base.steps.zeros)
         assert {part.anchored for part in found} == {1.0}
         return torch.cat([part.solution.codes_OI for part in found])
 
-    plain = reference.gptq(merged, H, order="full", grid=(base.scales, base.zeros, base.g_idx))
+    plain = reference.gptq(merged, H, base.steps, desc_act=True)
     assert torch.equal(anchored(False).double(), plain.codes)
-    pushed = base.scales[:, base.g_idx] * (anchored(True) - base.zeros[:, base.g_idx])
+    scales, zeros, g_idx = base.steps
+    pushed = scales[:, g_idx] * (anchored(True) - zeros[:, g_idx])
     D, lost = update, plain.weight - base.weight
     before = reference_update.inner(lost, H, D) / reference_update.inner(D, H, D)
     after = reference_update.inner(pushed - base.weight, H, D) / reference_update.inner(D, H, D)
@@ -158,7 +169,7 @@ def test_a_sibling_left_alone_keeps_its_codes(choice: str) -> None:
     )
     alone = found[1]
     assert torch.equal(alone.solution.codes_OI.double(), base.codes[OWN[1]])
-    assert torch.equal(alone.solution.scales_OG, base.scales[OWN[1]].half())
+    assert torch.equal(alone.solution.scales_OG, base.steps.scales[OWN[1]].half())
     assert (alone.survival, alone.noise, alone.anchored) == (None, None, 1.0)
     assert found[0].survival == pytest.approx(1.0, abs=0.05)
 
@@ -167,14 +178,12 @@ def test_a_sibling_left_alone_keeps_its_codes(choice: str) -> None:
 @pytest.mark.parametrize("mixed_base", [False, True])
 def test_groups_are_those_the_release_can_express(order: Order, mixed_base: bool) -> None:
     H = second_moment(WIDTH, seed=12).float()
-    base = reference.gptq(
-        weight(OUT, WIDTH, seed=1), H, group=GROUP, order="full" if mixed_base else "none"
-    )
-    grid = Grid(
-        scales_OG=base.scales.half(),
-        zeros_OG=base.zeros.int(),
-        g_idx_I=base.g_idx.int() if mixed_base else None,
-    )
+    W, mixed = weight(OUT, WIDTH, seed=1), torch.arange(WIDTH) % (WIDTH // GROUP)
+    steps = reference.grid(W, group=GROUP, g_idx=mixed if mixed_base else None)
+    base = reference.gptq(W, H, steps)
+    grid = given(base)
+    if mixed_base:
+        grid = replace(grid, g_idx_I=mixed.int())
     found = solve_update(
         (base.weight + low_rank(0.1, seed=13)).float(),
         base.weight.float(),
