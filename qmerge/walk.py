@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmerge.formats import IntegerWeight
 from qmerge.formats.writing import pack
 from qmerge.job import NOISE_WINDOWS, Job, arm_names
 from qmerge.measure.survival import pool_survival
@@ -260,6 +261,7 @@ class Walk:
         layer = self.job.skeleton.layer(unit.index)
         fill(layer, {name: t.to(self.rounding).float() for name, t in merged.items()})
         with self._timed("evaluate"):
+            layer.to(self.job.device)
             for corpus in self.job.evaluation:
                 key = key_of(NOISE, corpus.name)
                 at_once = self.job.at_once
@@ -378,13 +380,17 @@ class Walk:
             name: Weight(
                 merged_OI=merged[name + WEIGHT],
                 origin_OI=origins[strategy][name + WEIGHT],
-                base=self.job.base.integer(join(unit.path, name) + WEIGHT),
+                base=self._integer(join(unit.path, name) + WEIGHT),
                 spec=self.job.specs[join(unit.path, name)],
                 quantized_OI=origins["dequantize"][name + WEIGHT],
                 original_OI=original.get(name + WEIGHT),
             )
             for name in self.job.targets_of(unit)
         }
+
+    def _integer(self, parameter: str) -> IntegerWeight | None:
+        weight = self.job.base.integer(parameter)
+        return weight.to(self.job.device) if weight is not None else None
 
     def _as_written(self, unit: Unit, strategy: str, merged: Tensors) -> dict[str, torch.Tensor]:
         """The layer's tensors that stay dense, in the dtype and, untouched, the bytes on disk."""
@@ -416,7 +422,7 @@ class Walk:
             return Weight(
                 merged_OI=merged.rows(parameter, start, stop).to(device),
                 origin_OI=source.rows(parameter, start, stop).to(device),
-                base=base.rows(start, stop) if base is not None else None,
+                base=base.rows(start, stop).to(device) if base is not None else None,
                 spec=self.job.specs[name],
             )
 

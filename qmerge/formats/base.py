@@ -134,6 +134,11 @@ class IntegerWeight(IntegerGrid):
             zeros_OG=self.zeros_OG[part],
         )
 
+    def to(self, device: torch.device | str) -> IntegerWeight:
+        """The same on a device."""
+        tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I]."""
         high, wide = self.codes_OI.shape

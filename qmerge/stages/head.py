@@ -66,9 +66,9 @@ def _stacked(parts: Sequence[IntegerWeight]) -> IntegerWeight:
     """Columns are ordered by the Hessian alone, so that all parts have the same groups."""
     return replace(
         parts[0],
-        codes_OI=torch.cat([part.codes_OI.cpu() for part in parts]),
-        scales_OG=torch.cat([part.scales_OG.cpu() for part in parts]),
-        zeros_OG=torch.cat([part.zeros_OG.cpu() for part in parts]),
+        codes_OI=torch.cat([part.codes_OI for part in parts]),
+        scales_OG=torch.cat([part.scales_OG for part in parts]),
+        zeros_OG=torch.cat([part.zeros_OG for part in parts]),
     )
 
 

@@ -409,8 +409,8 @@ def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def on_grid(solution: Solution, spec: GridSpec) -> IntegerWeight:
-    """What is packed of a solution."""
-    return IntegerWeight(
+    """What is packed of a solution, on the host."""
+    weight = IntegerWeight(
         codes_OI=solution.codes_OI,
         scales_OG=solution.scales_OG,
         zeros_OG=solution.zeros_OG,
@@ -419,6 +419,7 @@ def on_grid(solution: Solution, spec: GridSpec) -> IntegerWeight:
         group_size=spec.group_size,
         symmetric=spec.symmetric,
     )
+    return weight.to("cpu")
 
 
 def told(name: str, weight: Weight, update: Update, means: Means) -> LinearResult:
