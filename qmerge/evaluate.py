@@ -115,7 +115,7 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
             return streams[arm].read(corpus, start, stop)
 
         with meter.stage("score"):
-            scored = score(frames, read, corpora, recipe.reference, progress)
+            scored = score(frames, read, corpora, recipe.reference, progress, device)
     by_corpus = {s.corpus.name: score_arms(s.stats, recipe.reference) for s in scored}
     result = RunResult(
         qmerge_version=__version__,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmerge.corpus import Corpus
 from qmerge.formats import IntegerWeight
 from qmerge.formats.writing import pack
 from qmerge.job import NOISE_WINDOWS, Job, arm_names
@@ -182,7 +183,7 @@ class Walk:
     def scores(self) -> tuple[Scored, ...]:
         """Every arm through final norm and head, on the same tokens."""
         with self._timed("score"):
-            return score(self.frames, self._last, self.job.evaluation, REFERENCE, self.progress)
+            return self._score(self.frames, self.job.evaluation, self.progress)
 
     def merge_check(self, strategy: str) -> MergeCheck | None:
         """What the merge itself moved; None where nothing was merged."""
@@ -209,7 +210,12 @@ class Walk:
         ]
         frames = dict.fromkeys((REFERENCE, NOISE), self.frames[REFERENCE])
         with self._timed("score"):
-            return score(frames, self._last, few, REFERENCE, Silent())
+            return self._score(frames, few, Silent())
+
+    def _score(
+        self, frames: Mapping[str, Frame], corpora: Sequence[Corpus], progress: Progress
+    ) -> tuple[Scored, ...]:
+        return score(frames, self._last, corpora, REFERENCE, progress, self.job.device)
 
     # One layer
 
@@ -295,7 +301,7 @@ class Walk:
         frames = {arm: self.frames[arm] for arm in arms}
         corpus = self.job.in_domain.name
         with self._timed("evaluate"):
-            result.kl = lens(frames, self.streams, corpus, REFERENCE)
+            result.kl = lens(frames, self.streams, corpus, REFERENCE, self.job.device)
 
     def _requantize(
         self,

@@ -198,7 +198,8 @@ class Frame:
         for decoder in decoders:
             decoder.forward = lambda *_a, **_k: _decoder_output(rows_RH[None])
         if bias is not None:
-            self._head.bias = nn.Parameter(bias[start:stop], requires_grad=False)
+            part = bias[start:stop].to(weight_VH.device)
+            self._head.bias = nn.Parameter(part, requires_grad=False)
         try:
             with torch.inference_mode():
                 output = self._model(

@@ -5,8 +5,10 @@ W: windows, S: tokens of a window, H: hidden width, R: rows (tokens scored toget
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ from qmerge.texts import LENS_TOKENS, LENS_WINDOWS, LOGIT_BYTES
 
 FEW = 4
 """Arms whose running figures are all shown."""
+MOST = 700.0
+"""Nats of which e can still be raised to."""
 
 
 def key_of(arm: str, corpus: str) -> str:
@@ -81,8 +85,9 @@ def score(
     corpora: Sequence[Corpus],
     reference: str | None,
     progress: Progress,
+    device: torch.device,
 ) -> tuple[Scored, ...]:
-    """Final norm and head of every arm on the same tokens, side by side.
+    """Final norm and head of every arm on the same tokens, side by side, logits on `device`.
 
     Memory is a block of rows times a slice of the vocabulary for each arm, whatever the size of
     either.
@@ -91,37 +96,52 @@ def score(
     for corpus in corpora:
         length = corpus.tokens.shape[1]
         parts: dict[str, list[TokenStats]] = {arm: [] for arm in frames}
+        shown = _Shown(tuple(frames), reference)
         at_once = _windows_at_once(frames, length)
         for start, stop in batches(corpus.tokens.shape[0], at_once):
             progress.doing(f"{corpus.name}: window {start + 1} of {len(corpus.tokens)}")
             rows = {
-                arm: frame.leave(read(arm, corpus.name, start, stop))[:, :-1]
+                arm: frame.leave(read(arm, corpus.name, start, stop))[:, :-1].to(device)
                 for arm, frame in frames.items()
             }
-            targets = corpus.tokens[start:stop, 1:].reshape(-1)
+            targets = corpus.tokens[start:stop, 1:].reshape(-1).to(device)
             for arm, part in _score_rows(frames, rows, targets, reference).items():
                 parts[arm].append(part)
-            progress.figures(_so_far(parts, reference))
+                shown.add(arm, part)
+            progress.figures(shown.figures())
         stats = {arm: join(own, length - 1) for arm, own in parts.items()}
         found.append(Scored(corpus=corpus, stats=stats))
     return tuple(found)
 
 
-def _so_far(parts: Mapping[str, Sequence[TokenStats]], reference: str | None) -> dict[str, float]:
-    """Perplexity of the reference and of the releases, or of every arm where there are few, and
-    how far the others are from the reference."""
-    few = len(parts) <= FEW
-    alone = sum(arm.startswith("release") for arm in parts) == 1
-    found = {}
-    for arm, seen in parts.items():
-        if not (few or arm == reference or arm.startswith("release")):
-            continue
-        name = arm.partition("@")[0] if alone else arm.replace("@", " by ")
-        found[f"{name} perplexity"] = float(torch.cat([p.nll_R for p in seen]).nanmean().exp())
-        if reference is not None and arm != reference:
-            divergence = [p.kl_R for p in seen if p.kl_R is not None]
-            found[f"{name} KL"] = float(torch.cat(divergence).mean())
-    return found
+class _Shown:
+    """Perplexity of the reference and of the releases, or of every arm where there are few, and how
+    far the others are from the reference, as far as has been scored."""
+
+    def __init__(self, arms: Sequence[str], reference: str | None) -> None:
+        alone = sum(arm.startswith("release") for arm in arms) == 1
+        self._names = {
+            arm: arm.partition("@")[0] if alone else arm.replace("@", " by ")
+            for arm in arms
+            if len(arms) <= FEW or arm == reference or arm.startswith("release")
+        }
+        self._reference = reference
+        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(self, arm: str, part: TokenStats) -> None:
+        if arm not in self._names:
+            return
+        self._count(f"{self._names[arm]} perplexity", part.nll_R[part.scored_R])
+        if part.kl_R is not None and arm != self._reference:
+            self._count(f"{self._names[arm]} KL", part.kl_R)
+
+    def _count(self, name: str, values: torch.Tensor) -> None:
+        self._sums[name][0] += float(values.sum())
+        self._sums[name][1] += values.numel()
+
+    def figures(self) -> dict[str, float]:
+        means = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
+        return {n: exp(min(m, MOST)) if n.endswith("perplexity") else m for n, m in means.items()}
 
 
 def _windows_at_once(frames: Mapping[str, Frame], length: int) -> int:
@@ -136,7 +156,7 @@ def _score_rows(
     reference: str | None,
 ) -> dict[str, TokenStats]:
     accumulator = TokenAccumulator(tuple(frames), reference, targets_R)
-    for first, slices in _head_slices(frames):
+    for first, slices in _head_slices(frames, targets_R.device):
         logits = {
             arm: frames[arm].logits(hidden[arm].flatten(0, 1), first, weight)
             for arm, weight in slices.items()
@@ -146,15 +166,20 @@ def _score_rows(
 
 
 def lens(
-    frames: Mapping[str, Frame], streams: Streams, corpus: str, reference: str
+    frames: Mapping[str, Frame],
+    streams: Streams,
+    corpus: str,
+    reference: str,
+    device: torch.device,
 ) -> dict[str, float]:
     """Mean KL of each arm from the reference if the model ended here: final norm and head on the
     hidden states that have just been written (a logit lens), for LENS_TOKENS tokens of a corpus.
     """
     rows = {
-        arm: frame.leave(_sample(streams, key_of(arm, corpus))) for arm, frame in frames.items()
+        arm: frame.leave(_sample(streams, key_of(arm, corpus))).to(device)
+        for arm, frame in frames.items()
     }
-    targets_R = torch.zeros(len(rows[reference].flatten(0, 1)), dtype=torch.long)
+    targets_R = torch.zeros(rows[reference].shape[:2].numel(), dtype=torch.long, device=device)
     found = _score_rows(frames, rows, targets_R, reference)
     return {arm: float(part.kl_R.mean()) for arm, part in found.items() if part.kl_R is not None}
 
@@ -168,7 +193,7 @@ def _sample(streams: Streams, key: str) -> Hidden:
 
 
 def _head_slices(
-    frames: Mapping[str, Frame],
+    frames: Mapping[str, Frame], device: torch.device
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Slices of every arm's head at the same place; arms that share a frame share the slice."""
     vocabulary = max(frame.vocabulary for frame in frames.values())
@@ -179,6 +204,6 @@ def _head_slices(
             if first >= frame.vocabulary:
                 continue
             if id(frame) not in decoded:
-                decoded[id(frame)] = frame.head_rows(first, first + ROWS_AT_ONCE)
+                decoded[id(frame)] = frame.head_rows(first, first + ROWS_AT_ONCE).to(device)
             slices[arm] = decoded[id(frame)]
         yield first, slices
