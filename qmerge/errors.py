@@ -53,12 +53,6 @@ class StorageError(QmergeError):
     """Reading or writing failed: disk full, I/O error, another process holds the folder."""
 
 
-class GateFailed(QmergeError):
-    """A gate, comparison or verification found a fault; the files are kept."""
-
-    exit_code = 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """One thing the plan found wrong. `where` names the file, tensor or option."""

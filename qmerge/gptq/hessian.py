@@ -19,9 +19,8 @@ PANEL = 256
 class Hessian:
     """Running sum of XᵀX; only the upper half's products are computed.
 
-    Sums of several accumulators add up (`merge`), so that tokens may be seen in any parts. A token
-    with a value that is not finite is left out and counted in `dropped`: one bad sample must not
-    cost the linear its calibration.
+    Tokens may be seen in any parts. One with a value that is not finite is left out and counted in
+    `dropped`: one bad sample must not cost the linear its calibration.
     """
 
     def __init__(
@@ -42,12 +41,6 @@ class Hessian:
         for start in range(0, X_NI.shape[1], PANEL):
             panel = slice(start, start + PANEL)
             self.sum_II[panel, start:].addmm_(X_NI[:, panel].T, X_NI[:, start:])
-
-    def merge(self, other: Hessian) -> None:
-        """Add the tokens that `other` has seen."""
-        self.sum_II += other.sum_II
-        self.tokens += other.tokens
-        self.dropped += other.dropped
 
     def mean(self) -> Tensor:
         """XᵀX / N of all tokens so far, [I, I], symmetric to the last bit; zeros without tokens."""

@@ -37,7 +37,7 @@ class Whole:
 
 
 def per_part(values_O: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Sums over the rows of each stacked linear, float64 [P], in the same order on any device."""
+    """Sums over the rows of each stacked linear, float64 [P]."""
     ends = accumulate(rows, initial=0)
     return torch.stack([values_O[start:end].double().sum() for start, end in pairwise(ends)])
 
@@ -74,7 +74,7 @@ def refit(
         return values_RI if grid.g_idx_I is None else values_RI.index_select(1, order_I)
 
     parts = []
-    for rows in row_chunks(codes_OI.shape):
+    for rows in row_chunks(codes_OI):
         centred_RI = codes_OI[rows] - grid.zeros_OG[rows].to(H_II.dtype).index_select(1, group_I)
         pull_RI, moved_RI = by_group(pull_OI[rows]), by_group(moved_OI[rows])
         parts.append(

@@ -23,7 +23,7 @@ from qmerge.gptq.grid import Grid, all_finite
 LEAF = 32
 # Rows are independent of one another; so many at once keep what a pass holds small, and a column's
 # vector long enough to cost more than the call.
-ROWS = 8192
+ROWS = {"cpu": 1 << 13, "cuda": 1 << 15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,9 @@ def solve(W_OI: Tensor, factor: Factor, grid: Grid, *, bits: int) -> Solution:
     if not all_finite(W_OI):
         raise InputError("the weight holds values that are not finite")
     parts = []
-    for start in range(0, W_OI.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
+    at_once = ROWS.get(W_OI.device.type, ROWS["cuda"])
+    for start in range(0, W_OI.shape[0], at_once):
+        rows = slice(start, start + at_once)
         walk = _Walk(W_OI[rows], factor, grid.rows(rows), (1 << bits) - 1)
         walk.round(0, factor.width)
         parts.append(walk.solution())

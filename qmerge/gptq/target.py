@@ -34,8 +34,7 @@ class Drift:
     With A the input X itself it is Δ [I, I], with A a residual stream Γ [O, I]. The first half of
     each batch is summed apart from the second, so batches should not be single windows where that
     can be helped. The difference is taken token by token, so that a small drift is not lost in two
-    large moments. Sums of several accumulators add up (`merge`). A token that is not finite in any
-    of the three is left out.
+    large moments. A token that is not finite in any of the three is left out.
     """
 
     def __init__(
@@ -61,13 +60,6 @@ class Drift:
         for half, tokens in enumerate((slice(0, middle), slice(middle, None))):
             self.sum_2OI[half].addmm_(drift_NO[tokens].T, X_NI[tokens])
             self.tokens[half] += X_NI[tokens].shape[0]
-
-    def merge(self, other: Drift) -> None:
-        """Add the tokens that `other` has seen."""
-        self.sum_2OI += other.sum_2OI
-        self.tokens = [
-            mine + theirs for mine, theirs in zip(self.tokens, other.tokens, strict=True)
-        ]
 
     def mean(self) -> Tensor:
         """The means of the two halves of the tokens so far, [2, O, I]; zeros without tokens."""

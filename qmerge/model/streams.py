@@ -46,12 +46,11 @@ class Streams:
         folder: Path,
         streams: Mapping[str, Stream],
         *,
-        generation: int = 0,
         resumable: bool = True,
     ) -> None:
         """What is not `resumable` is written without checksums, and cannot be committed."""
         self.folder = folder
-        self.generation = generation
+        self.generation = 0
         self._resumable = resumable
         self._streams = dict(streams)
         # Numbers, because the name of a corpus need not be one of a file.
@@ -63,9 +62,6 @@ class Streams:
 
     def stream(self, key: str) -> Stream:
         return self._streams[key]
-
-    def keys(self) -> tuple[str, ...]:
-        return tuple(self._streams)
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Windows [start, stop) of the whole generation as [w, S, H]."""
@@ -116,11 +112,6 @@ class Streams:
     def turn(self) -> None:
         """Make the generation just committed the one that is read."""
         self.generation ^= 1
-        self._sums.clear()
-        self._written.clear()
-
-    def discard(self) -> None:
-        """Forget what was written of a layer that did not finish."""
         self._sums.clear()
         self._written.clear()
 

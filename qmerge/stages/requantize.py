@@ -42,6 +42,7 @@ from qmerge.model.experts import CHOICE, HESSIAN_BYTES, blocks_of, calibrating
 from qmerge.model.layer import Call, Hidden, forward, sibling_groups
 from qmerge.model.paused import Forward, held_bytes, lighter, watched
 from qmerge.model.residual import residual_places
+from qmerge.model.streams import batches
 from qmerge.names import join, under
 from qmerge.precision import reduced_precision
 from qmerge.results import FEW_TOKENS, LinearResult, Remedy, Survival
@@ -83,10 +84,6 @@ class Calibration:
     windows: int
     at_once: int
     waiting: bool
-
-    def batches(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.windows, self.at_once):
-            yield start, min(start + self.at_once, self.windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +302,7 @@ class Requantizer:
         def through(layer: nn.Module, read: ReadWindows, start: int, stop: int) -> Forward:
             return Forward(lambda: forward(layer, *read(start, stop)), stops)
 
-        for start, stop in calibration.batches():
+        for start, stop in batches(calibration.windows, calibration.at_once):
             beside = calibration.read_reference
             yield Pair(
                 release=through(self._layer, calibration.read, start, stop),

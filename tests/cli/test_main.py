@@ -11,7 +11,7 @@ import click
 import pytest
 
 from qmerge import __version__, cli
-from qmerge.errors import CheckpointError, Fault, GateFailed, PlanError, StorageError
+from qmerge.errors import CheckpointError, Fault, PlanError, StorageError
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "yaml", "rich")
 
@@ -95,7 +95,6 @@ def test_our_errors_have_their_exit_codes(
     assert raising(CheckpointError("x.safetensors: truncated", hint="fetch it again")) == 2
     assert capsys.readouterr().err == "error: x.safetensors: truncated\nhint: fetch it again\n"
     assert raising(StorageError("disk full")) == 3
-    assert raising(GateFailed("--max-kl fell")) == 1
 
 
 def test_all_faults_of_a_plan_are_told_each_with_its_hint(

@@ -19,15 +19,6 @@ def test_equals_the_plain_product(width: int) -> None:
     assert hessian.tokens == 40
 
 
-def test_sums_of_parts_merge() -> None:
-    X = inputs(30, 20, seed=2)
-    parts = [Hessian(20, dtype=torch.float64) for _ in range(2)]
-    parts[0].add(X[:10])
-    parts[1].add(X[10:])
-    parts[0].merge(parts[1])
-    torch.testing.assert_close(parts[0].mean(), X.T @ X / 30, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_a_token_that_is_not_finite_is_left_out_and_counted(poison: float) -> None:
     X = inputs(30, 20, seed=3)

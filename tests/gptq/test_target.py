@@ -111,12 +111,11 @@ def test_tokens_that_are_not_finite_are_left_out() -> None:
     assert drift.tokens == [99, 99]
 
 
-def test_sums_of_parts_merge() -> None:
+def test_halves_of_batches_are_summed_apart() -> None:
     X, A, B = (inputs(TOKENS, WIDTH, seed=seed) for seed in (13, 14, 15))
-    parts = [Drift(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2)]
-    for part, batch in zip(parts, BATCHES, strict=True):
-        part.add(A[batch], B[batch], X[batch])
-    parts[0].merge(parts[1])
+    drift = Drift(WIDTH, WIDTH, dtype=torch.float64)
+    for batch in BATCHES:
+        drift.add(A[batch], B[batch], X[batch])
     for half, tokens in enumerate((FIRST, SECOND)):
         wanted = (A - B)[tokens].T @ X[tokens] / len(tokens)
-        torch.testing.assert_close(parts[0].mean()[half], wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(drift.mean()[half], wanted, rtol=1e-12, atol=1e-12)

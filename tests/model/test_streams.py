@@ -39,7 +39,8 @@ def test_half_a_generation_is_forgotten_by_a_new_process(tmp_path: Path) -> None
     digests = write(streams, first)
     streams.turn()
     streams.append("a b/c", torch.randn(2, 3, 4))
-    resumed = Streams(tmp_path, SHAPE, generation=streams.generation)
+    resumed = Streams(tmp_path, SHAPE)
+    resumed.generation = streams.generation
     resumed.check(digests)
     assert torch.equal(resumed.read("a b/c", 0, 5), first)
     again = torch.randn(5, 3, 4)
