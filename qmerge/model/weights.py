@@ -40,6 +40,10 @@ class Weights:
     resized: Mapping[str, int] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    _means: dict[str, torch.Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """Mean rows that were asked for: each takes all that is stored, and scores ask many times."""
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
@@ -160,16 +164,18 @@ class Weights:
         return torch.cat([stored, self._mean(parameter, missing).to(stored.dtype)])
 
     def _mean(self, parameter: str, rows: int) -> torch.Tensor:
-        """The mean of the stored rows as so many rows, read in slices."""
-        name, known = self.names.stored[parameter], self._known(parameter)
-        slices = (
-            self.format.rows(name, start, min(start + ROWS_AT_ONCE, known)).sum(
-                0, dtype=torch.float64
+        """The mean of the stored rows as so many rows, read in slices and kept."""
+        if parameter not in self._means:
+            name, known = self.names.stored[parameter], self._known(parameter)
+            slices = (
+                self.format.rows(name, start, min(start + ROWS_AT_ONCE, known)).sum(
+                    0, dtype=torch.float64
+                )
+                for start in range(0, known, ROWS_AT_ONCE)
             )
-            for start in range(0, known, ROWS_AT_ONCE)
-        )
-        mean = torch.stack([*slices]).sum(0) / known
-        return mean.float().expand(rows, *mean.shape)
+            self._means[parameter] = (torch.stack([*slices]).sum(0) / known).float()
+        mean = self._means[parameter]
+        return mean.expand(rows, *mean.shape)
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
