@@ -482,6 +482,29 @@ def test_weights_that_training_replaced_are_proved(
     assert verify(tmp_path / "again", against=alone).failed[:1] == ("merged",)
 
 
+def test_a_merged_weight_may_be_an_ulp_off(sound: Path, against: Against, tmp_path: Path) -> None:
+    """Merged on another device, a sum in float32 may fall on the other side of a rounding."""
+    recipe = build(Recipe, {"out": str(tmp_path / "again")}, file=sound / "qmerge_recipe.yaml")
+    run(Recipe(**{**vars(recipe), "override": ("*.layers.0.self_attn.o_proj=skip",)}))
+
+    def next_larger(tensors: dict[str, torch.Tensor]) -> None:
+        flat = tensors["model.layers.0.self_attn.o_proj.weight"].flatten()
+        flat.view(torch.int16)[flat.abs().argmax()] += 1
+
+    outcome = []
+    for _ in range(2):
+        edit_tensors(tmp_path / "again", next_larger)
+        forge(tmp_path / "again")
+        outcome.append(verify(tmp_path / "again", against=against).failed)
+    assert outcome == [(), ("merged",)]
+
+
+@pytest.mark.parametrize(("off", "same"), [(3e-7, True), (3e-6, False), (torch.nan, False)])
+def test_where_sums_cancel_an_ulp_is_less_than_float32_tells(off: float, same: bool) -> None:
+    merged, stored = (torch.tensor([-1.0, small]).bfloat16() for small in (1e-9, off))
+    assert proof._same_but_for_sums(stored, merged) is same
+
+
 def test_without_the_text_survival_is_skipped_and_the_rest_is_proved(
     release: Path, against: Against, tmp_path: Path
 ) -> None:
