@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from qmerge import cli, precision
@@ -505,19 +506,36 @@ def test_where_sums_cancel_an_ulp_is_less_than_float32_tells(off: float, same: b
     assert proof._same_but_for_sums(stored, merged) is same
 
 
+def lose_text(release: Path, key: str, value: Any) -> None:
+    """Name another text in the recipe, and in the digests."""
+    file = release / "qmerge_recipe.yaml"
+    asked = yaml.safe_load(file.read_text())
+    assert key in asked
+    file.write_text(yaml.safe_dump({**asked, key: value}))
+    forge(release)
+
+
 def test_without_the_text_survival_is_skipped_and_the_rest_is_proved(
     release: Path, against: Against, tmp_path: Path
 ) -> None:
-    recipe = release / "qmerge_recipe.yaml"
-    lines = [
-        f"calibration: {tmp_path}/gone.txt" if line.startswith("calibration:") else line
-        for line in recipe.read_text().splitlines()
-    ]
-    recipe.write_text("\n".join(lines))
-    forge(release)
-    told = outcomes(verify(release, against=against))
+    lose_text(release, "calibration", f"{tmp_path}/gone.txt")
+    found = verify(release, against=against)
+    told = outcomes(found)
     assert {told[name] for name in FROM_TEXT} == {"skip"}
     assert told["update"] == told["untouched"] == told["requantized"] == "pass"
+    (skip,) = [check for check in found.checks if check.name == "survival"]
+    assert "gone.txt: no such file" in skip.text
+
+
+def test_what_only_a_run_needs_is_not_asked_of_a_proof(
+    release: Path, against: Against, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither evaluation text, nor memory and disk for the run."""
+    lose_text(release, "eval", [f"held_out={tmp_path}/gone.txt"])
+    monkeypatch.setattr("qmerge.machine.memory_size", lambda _: 0)
+    monkeypatch.setattr("qmerge.machine.disk_free", lambda _: 0)
+    told = outcomes(verify(release, against=against))
+    assert {told[name] for name in PROVED} == {"pass"}
 
 
 needs_loader = pytest.mark.skipif(

@@ -29,7 +29,7 @@ from qmerge.model.streams import Stream, Streams, batches
 from qmerge.model.weights import Weights
 from qmerge.names import WEIGHT, Unit, join
 from qmerge.options import build
-from qmerge.plan import make_plan
+from qmerge.plan import plan_proof
 from qmerge.precision import reduced_precision
 from qmerge.progress import Progress
 from qmerge.provenance import folder_record
@@ -50,6 +50,8 @@ CANCELLED = 2.0**-20
 sums. In another order they differ by up to 2^-22 of it (2048 x 2048, rank 16), and some 10 values
 in 4 million by more than an ulp of bf16."""
 TEXT = "calibration"
+CALIBRATION = "--calibration"
+"""Where a plan tells faults of the calibration text."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -75,16 +77,17 @@ def check_against(
     with findings.at("inputs"):
         recipe = _recipe(folder, result, against)
         _check_inputs(recipe, result, findings)
-        job, has_text = _job(recipe)
-        proof = Proof(job, release, result)
-        proof.run(progress, has_text=has_text)
+        job, lost = _job(recipe)
+        proof = Proof(job, release, result, lost)
+        proof.run(progress)
         proof.tell(findings)
 
 
 class Proof:
     """One pass over the units, from the inputs."""
 
-    def __init__(self, job: Job, release: Weights, result: RunResult) -> None:
+    def __init__(self, job: Job, release: Weights, result: RunResult, lost: str | None) -> None:
+        """`lost` says why the calibration text is not at hand, where it is not."""
         assert result.strategy is not None
         self.job = job
         self.release = release
@@ -98,15 +101,14 @@ class Proof:
         self.wrong: dict[str, list[str]] = {"untouched": [], "merged": [], "requantized": []}
         self.wrong |= {"update": [], "survival": [], "error": []}
         self.survivals: dict[str, Survival] = {}
-        self.has_text = False
+        self.lost = lost
 
-    def run(self, progress: Progress, *, has_text: bool) -> None:
-        self.has_text = has_text
+    def run(self, progress: Progress) -> None:
         units = self.job.skeleton.units()
         merged_outer = outer_weights(self.job.skeleton, self.job.change, units, self.origin)
         progress.stage("prove", len(units))
         with tempfile.TemporaryDirectory(prefix="qmerge-") as scratch:
-            text = _Text(self.job, self.release, Path(scratch)) if has_text else None
+            text = _Text(self.job, self.release, Path(scratch)) if self.lost is None else None
             for unit in units:
                 progress.step(unit.label)
                 if unit.kind != "layer":
@@ -136,9 +138,10 @@ class Proof:
             ("update", f"steps, codes and update are as reported in all {quantized} linears"),
         ):
             findings.say(name, self.wrong[name], well)
-        if not self.has_text:
+        if self.lost is not None:
             for name in ("error", "survival"):
-                findings.add(name, "skip", "needs the calibration text, which is not at hand")
+                text = f"needs the calibration text, which is not at hand: {self.lost}"
+                findings.add(name, "skip", text)
             return
         well = f"the error on the calibration text is as reported in all {quantized} linears"
         findings.say("error", self.wrong["error"], well)
@@ -238,7 +241,7 @@ class Proof:
         weighed = ("update_rms", "step", "elements", "codes_changed")
         if not _like(found, said.survival, weighed):
             self.wrong["update"].append(name)
-        if self.has_text and not _like(found, said.survival, ("survival", "noise")):
+        if self.lost is None and not _like(found, said.survival, ("survival", "noise")):
             text = f"{name}: {_shown(found)}, reported {_shown(said.survival)}"
             self.wrong["survival"].append(text)
 
@@ -379,15 +382,15 @@ def _differ(name: str, first: Mapping[str, str], second: Mapping[str, str]) -> b
     return first.get(name) != second.get(name)
 
 
-def _job(recipe: Recipe) -> tuple[Job, bool]:
-    """The plan of the run again, and whether its calibration text could be had."""
-    plan = make_plan(recipe)
-    if plan.job is not None:
-        return plan.job, True
-    offline = make_plan(replace(recipe, calibration=None, eval=()))
-    if offline.job is None:
-        raise PlanError(plan.faults)
-    return offline.job, False
+def _job(recipe: Recipe) -> tuple[Job, str | None]:
+    """The plan of the run again, and why its calibration text cannot be had, where it cannot."""
+    try:
+        return plan_proof(recipe), None
+    except PlanError as error:
+        if any(fault.where != CALIBRATION for fault in error.faults):
+            raise
+        lost = error.faults[0].message
+    return plan_proof(replace(recipe, calibration=None, calibration_samples=1)), lost
 
 
 def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
