@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(faults=found, job=None if found else job, summary=summarize(recipe, job, found))
 
 
-def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
+def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
     _check_out(recipe, faults)
@@ -130,7 +130,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             faults.found += misfits(skeleton, specs)
             faults.found += torn(skeleton, specs, siblings)
             notes += serving_notes(settings.format, skeleton, specs)
-        texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes)
+        texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes, scored=scored)
     if faults.found or not (skeleton and base and loaded and settings and texts):
         return None
     notes += _left_dense(skeleton)
@@ -180,6 +180,17 @@ def _left_dense(skeleton: Skeleton) -> list[str]:
             " changes there is merged"
         )
     return notes
+
+
+def plan_proof(recipe: Recipe) -> Job:
+    """The job that a release was made by, to prove it: without evaluation text, and with no room
+    asked for that only a run needs. `PlanError` with all faults."""
+    keep_freed()
+    faults = Faults()
+    job = _make_job(recipe, faults, scored=False)
+    if job is None:
+        raise PlanError(tuple(dict.fromkeys(faults.found)))
+    return job
 
 
 def as_trained(recipe: Recipe, skeleton: Skeleton, base: Weights) -> tuple[Weights, Decision]:
@@ -267,7 +278,13 @@ def _open_previous(recipe: Recipe, plain: Skeleton, skeleton: Skeleton) -> Weigh
 
 
 def _texts(
-    recipe: Recipe, skeleton: Skeleton, home: Path, faults: Faults, notes: list[str]
+    recipe: Recipe,
+    skeleton: Skeleton,
+    home: Path,
+    faults: Faults,
+    notes: list[str],
+    *,
+    scored: bool,
 ) -> tuple[Corpus, tuple[Corpus, ...]] | None:
     calibration = tokenizer = None
     length = 0
@@ -289,13 +306,13 @@ def _texts(
             recipe.seed,
             lambda: load_processor(recipe.base, trust_remote_code=trusted),
         )
-    evaluation = evaluation_texts(recipe, tokenizer, length, faults, recipe.seed)
+    evaluation = evaluation_texts(recipe, tokenizer, length, faults, recipe.seed) if scored else ()
     for option, given in (("--calibration", recipe.calibration), ("--eval", recipe.eval)):
         if not given:
             notes.append(
                 f"{option} is the offline recipe: text of the adapter's own kind is better"
             )
-    return (calibration, evaluation) if calibration and evaluation else None
+    return (calibration, evaluation) if calibration and (evaluation or not scored) else None
 
 
 def _settings(recipe: Recipe, base: Weights) -> Settings:

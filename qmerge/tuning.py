@@ -172,7 +172,11 @@ def _rows(shape: Shape, base: Weights | None, links: Sequence[Change]) -> Rows:
 
     def rows(name: str, start: int, stop: int) -> torch.Tensor | None:
         own = aliases.get(name, name)
-        return fitted.rows(own, start, stop) if fitted.holds(own) and name not in changed else None
+        if name in changed or not fitted.holds(own):
+            return None
+        if own in shape.skeleton.turned:
+            return fitted.tensor(own).T[start:stop]
+        return fitted.rows(own, start, stop)
 
     return rows
 

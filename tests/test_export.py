@@ -44,6 +44,7 @@ def test_pieces_and_threads_change_no_byte(
     tiny_nf4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     monkeypatch.setattr("qmerge.model.weights.PIECE", 1000)
+    monkeypatch.setattr("qmerge.storage.checkpoint._MAPPED_BYTES", 0)
     monkeypatch.setattr("qmerge.export.cores", lambda: cores)
     threads = torch.get_num_threads()
     written = export(Recipe(base=tiny_nf4, out=tmp_path / "dense"), dtype="float16")

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from qmerge.errors import PlanError
 from qmerge.evaluate import evaluate
 from qmerge.export import export
+from qmerge.model.opening import open_model
+from qmerge.model.reshape import reshape
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import EvaluateRecipe, Recipe
@@ -186,6 +188,18 @@ def test_vocabulary_that_training_changed(
     ids = torch.tensor([[*range(40), *range(min(tokens, 514) - 20, min(tokens, 514))]])
     want = logits(on_resized(base, adapter, tokens), ids)
     torch.testing.assert_close(logits(found, ids), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_of_new_tokens_is_read_once(
+    tiny_original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton, weights = open_model(tiny_original)
+    grown, name = reshape(skeleton, vocabulary=TOKENS + 8).fit(weights), "model.embed_tokens.weight"
+    first = grown.rows(name, TOKENS, TOKENS + 2)
+    mean = weights.tensor(name).double().mean(0).float()
+    torch.testing.assert_close(first, mean.expand(2, -1), rtol=0, atol=0)
+    monkeypatch.setattr(grown.checkpoint, "read_rows", lambda *_: pytest.fail("read again"))
+    assert torch.equal(grown.rows(name, TOKENS + 1, TOKENS + 8), mean.expand(7, -1))
 
 
 def test_run_with_a_head_of_its_own_and_new_tokens(

@@ -160,6 +160,20 @@ def test_values_that_are_the_bases_own_are_a_change_of_nothing(
     good(asked)
 
 
+def test_what_is_replaced_last_is_told_from_what_is_merged(asked: Recipe, tmp_path: Path) -> None:
+    merged, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    state, saved = tmp_path / "state.safetensors", tmp_path / "saved"
+    save_file({merged: torch.randn(64, 64), norm: torch.randn(64)}, state)
+    model = AutoModelForCausalLM.from_pretrained(asked.base)
+    config = LoraConfig(target_modules=["v_proj"], modules_to_save=["q_proj"])
+    get_peft_model(model, config).save_pretrained(saved)
+    asked = replace(asked, partial_state=state, allow_noop=True)
+    for adapter, last in ((asked.adapter[0], {norm}), (str(saved), {norm, merged})):
+        change = good(replace(asked, adapter=(adapter,))).ready().change
+        assert change is not None
+        assert {name for name in (merged, norm) if change.replaces(name)} == last
+
+
 def test_a_whole_model_inside_an_adapter(asked: Recipe) -> None:
     shutil.rmtree(folder(asked))
     base = AutoModelForCausalLM.from_pretrained(asked.base, dtype=torch.float32)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from qmerge import cli, precision
@@ -482,19 +483,59 @@ def test_weights_that_training_replaced_are_proved(
     assert verify(tmp_path / "again", against=alone).failed[:1] == ("merged",)
 
 
+def test_a_merged_weight_may_be_an_ulp_off(sound: Path, against: Against, tmp_path: Path) -> None:
+    """Merged on another device, a sum in float32 may fall on the other side of a rounding."""
+    recipe = build(Recipe, {"out": str(tmp_path / "again")}, file=sound / "qmerge_recipe.yaml")
+    run(Recipe(**{**vars(recipe), "override": ("*.layers.0.self_attn.o_proj=skip",)}))
+
+    def next_larger(tensors: dict[str, torch.Tensor]) -> None:
+        flat = tensors["model.layers.0.self_attn.o_proj.weight"].flatten()
+        flat.view(torch.int16)[flat.abs().argmax()] += 1
+
+    outcome = []
+    for _ in range(2):
+        edit_tensors(tmp_path / "again", next_larger)
+        forge(tmp_path / "again")
+        outcome.append(verify(tmp_path / "again", against=against).failed)
+    assert outcome == [(), ("merged",)]
+
+
+@pytest.mark.parametrize(("off", "same"), [(3e-7, True), (3e-6, False), (torch.nan, False)])
+def test_where_sums_cancel_an_ulp_is_less_than_float32_tells(off: float, same: bool) -> None:
+    merged, stored = (torch.tensor([-1.0, small]).bfloat16() for small in (1e-9, off))
+    assert proof._same_but_for_sums(stored, merged) is same
+
+
+def lose_text(release: Path, key: str, value: Any) -> None:
+    """Name another text in the recipe, and in the digests."""
+    file = release / "qmerge_recipe.yaml"
+    asked = yaml.safe_load(file.read_text())
+    assert key in asked
+    file.write_text(yaml.safe_dump({**asked, key: value}))
+    forge(release)
+
+
 def test_without_the_text_survival_is_skipped_and_the_rest_is_proved(
     release: Path, against: Against, tmp_path: Path
 ) -> None:
-    recipe = release / "qmerge_recipe.yaml"
-    lines = [
-        f"calibration: {tmp_path}/gone.txt" if line.startswith("calibration:") else line
-        for line in recipe.read_text().splitlines()
-    ]
-    recipe.write_text("\n".join(lines))
-    forge(release)
-    told = outcomes(verify(release, against=against))
+    lose_text(release, "calibration", f"{tmp_path}/gone.txt")
+    found = verify(release, against=against)
+    told = outcomes(found)
     assert {told[name] for name in FROM_TEXT} == {"skip"}
     assert told["update"] == told["untouched"] == told["requantized"] == "pass"
+    (skip,) = [check for check in found.checks if check.name == "survival"]
+    assert "gone.txt: no such file" in skip.text
+
+
+def test_what_only_a_run_needs_is_not_asked_of_a_proof(
+    release: Path, against: Against, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither evaluation text, nor memory and disk for the run."""
+    lose_text(release, "eval", [f"held_out={tmp_path}/gone.txt"])
+    monkeypatch.setattr("qmerge.machine.memory_size", lambda _: 0)
+    monkeypatch.setattr("qmerge.machine.disk_free", lambda _: 0)
+    told = outcomes(verify(release, against=against))
+    assert {told[name] for name in PROVED} == {"pass"}
 
 
 needs_loader = pytest.mark.skipif(

@@ -34,6 +34,7 @@ class Change(Protocol):
     @property
     def unties(self) -> bool: ...
     def supplies(self, parameter: str, start: int) -> bool: ...
+    def replaces(self, parameter: str) -> bool: ...
     def live(self, path: str) -> nn.Module: ...
     def fill(
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
@@ -78,6 +79,11 @@ class Chain:
 
     def supplies(self, parameter: str, start: int) -> bool:
         return any(link.supplies(parameter, start) for link in self.links)
+
+    def replaces(self, parameter: str) -> bool:
+        """Whether the last change of a parameter brings it as a whole."""
+        last = [link for link in self.links if parameter in link.touched][-1:]
+        return any(link.replaces(parameter) for link in last)
 
     def live(self, path: str) -> nn.Module:
         """The last change's live module; the earlier ones wait beside it for base weights."""

@@ -61,6 +61,10 @@ class Injection:
         module = dict(unit.adapted_modules(self.tuner.model)).get(path)
         return module is not None and unit.brings_rows(module, name, start)
 
+    def replaces(self, parameter: str) -> bool:
+        """Whether it brings a parameter as a whole, so that nothing is computed."""
+        return self.supplies(parameter, 0)
+
     def live(self, path: str) -> nn.Module:
         """A fresh adapted copy of the submodule at a plain path; its base parameters are on meta.
 

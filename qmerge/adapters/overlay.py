@@ -58,6 +58,10 @@ class Overlay:
         """Whether it brings every row of a parameter from `start` on."""
         return parameter in self.values
 
+    def replaces(self, parameter: str) -> bool:
+        """Whether it brings a parameter as a whole."""
+        return parameter in self.values
+
     def live(self, path: str) -> nn.Module:
         """A copy of the submodule at a plain path, on meta."""
         module: nn.Module = copy.deepcopy(self.model.get_submodule(path))

@@ -59,6 +59,11 @@ class OpenedChange:
         """Whether the change itself brings the rows of a parameter from `start` on."""
         return self.change.supplies(parameter, start)
 
+    def replaces(self, parameter: str) -> bool:
+        """Whether the last change of a parameter brings it as a whole; not known of a part of a
+        fused one."""
+        return self.change.replaces(parameter)
+
     def live(self, path: str) -> nn.Module:
         """The change's own live module, with fused experts."""
         module = self.change.live(path)

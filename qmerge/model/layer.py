@@ -96,7 +96,9 @@ def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
     def place(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return seen.setdefault(id(value), value.to(device))
+        if id(value) not in seen:
+            seen[id(value)] = value.to(device)
+        return seen[id(value)]
 
     def moved(call: Call) -> Call:
         if isinstance(call, WindowCalls):

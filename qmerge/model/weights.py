@@ -40,6 +40,10 @@ class Weights:
     resized: Mapping[str, int] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
     stacks: Mapping[str, Stack] = field(default_factory=dict)
+    _means: dict[str, torch.Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    """Mean rows that were asked for: each takes all that is stored, and scores ask many times."""
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """One parameter as float32."""
@@ -50,12 +54,17 @@ class Weights:
         return self._fitted(parameter, self.format.dense(self.names.stored[parameter]))
 
     def rows(self, parameter: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of one parameter as float32, without decoding the rest."""
+        """Rows [start, stop) of one parameter as float32, without decoding the rest.
+
+        A turned one is read as a whole: its rows are columns of what is stored.
+        """
         if parameter in self.packed:
             return self.packed[parameter].rows(start, stop).dense()
         if parameter in self.changed:
             return self.changed[parameter][start:stop]
         stored = self.names.stored[parameter]
+        if self._lies_turned(parameter):
+            return self._fitted(parameter, self.format.dense(stored)[:, start:stop])
         known = self._known(parameter)
         if stop <= known:
             return self.format.rows(stored, start, stop)
@@ -115,7 +124,7 @@ class Weights:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         stored = tuple(self.format.weights[self.names.stored[parameter]].shape)
-        if parameter in self.turned and not self.is_quantized(parameter):
+        if self._lies_turned(parameter):
             return stored[::-1]
         return (self.resized.get(parameter, stored[0]), *stored[1:]) if stored else stored
 
@@ -136,12 +145,16 @@ class Weights:
     def dense_bytes(self, parameter: str) -> int:
         return torch.Size(self.shape(parameter)).numel() * self.dense_dtype(parameter).itemsize
 
+    def _lies_turned(self, parameter: str) -> bool:
+        """Whether the parameter is stored as [I, O]."""
+        return parameter in self.turned and not self.is_quantized(parameter)
+
     def _known(self, parameter: str) -> int:
         """Rows that are stored."""
         return int(self.format.weights[self.names.stored[parameter]].shape[0])
 
     def _fitted(self, parameter: str, stored: torch.Tensor) -> torch.Tensor:
-        if parameter in self.turned and not self.is_quantized(parameter):
+        if self._lies_turned(parameter):
             return stored.T.contiguous()
         if parameter not in self.resized:
             return stored
@@ -151,16 +164,18 @@ class Weights:
         return torch.cat([stored, self._mean(parameter, missing).to(stored.dtype)])
 
     def _mean(self, parameter: str, rows: int) -> torch.Tensor:
-        """The mean of the stored rows as so many rows, read in slices."""
-        name, known = self.names.stored[parameter], self._known(parameter)
-        slices = (
-            self.format.rows(name, start, min(start + ROWS_AT_ONCE, known)).sum(
-                0, dtype=torch.float64
+        """The mean of the stored rows as so many rows, read in slices and kept."""
+        if parameter not in self._means:
+            name, known = self.names.stored[parameter], self._known(parameter)
+            slices = (
+                self.format.rows(name, start, min(start + ROWS_AT_ONCE, known)).sum(
+                    0, dtype=torch.float64
+                )
+                for start in range(0, known, ROWS_AT_ONCE)
             )
-            for start in range(0, known, ROWS_AT_ONCE)
-        )
-        mean = torch.stack([*slices]).sum(0) / known
-        return mean.float().expand(rows, *mean.shape)
+            self._means[parameter] = (torch.stack([*slices]).sum(0) / known).float()
+        mean = self._means[parameter]
+        return mean.expand(rows, *mean.shape)
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -135,10 +135,12 @@ class Checkpoint:
     def _open(self, file: Path) -> _Opened:
         if self._bytes_mapped > _MAPPED_BYTES:
             self.close()
-        if file not in self._opened:
+        opened = self._opened.get(file)  # held: another thread may let go of all at any time
+        if opened is None:
             pickled = file.suffix == ".bin"
-            self._opened[file] = PickledFile(file) if pickled else safe_open(file, framework="pt")
-        return self._opened[file]
+            opened = PickledFile(file) if pickled else safe_open(file, framework="pt")
+            self._opened[file] = opened
+        return opened
 
 
 def folder_side_files(folder: Path) -> tuple[Path, ...]:

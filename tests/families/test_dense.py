@@ -186,3 +186,29 @@ def test_gptqmodel_writes_and_loads_gpt2(tokenizer: Path, eval_text: Path, tmp_p
     for arm, folder in (("quantized_base", tmp_path / "gptq"), ("release", out)):
         expected = rig.perplexity(checkpoints.read_gptq(folder), tokens)
         assert abs(result.arms[arm]["text"].perplexity / expected - 1) < KERNEL, arm
+
+
+def test_transposed_weights_are_compared_with_the_originals(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    write("GPT2", tmp_path, tokenizer)
+    original, base, out = (tmp_path / part for part in ("original", "nf4", "release"))
+    rig.write_nf4(original, base, AutoModelForCausalLM)
+    asked = rig.recipe(base, tmp_path / "adapter", out, eval_text)
+    result = run(replace(asked, original=original, strategy="auto"))
+    assert not [warning for warning in result.warnings if "not what the base" in warning]
+    tokens = rig.windows(original, eval_text)
+    expected = rig.perplexity(rig.dense(original, AutoModelForCausalLM), tokens)
+    assert abs(result.arms["original"]["text"].perplexity / expected - 1) < rig.TOLERANCE
+
+
+def test_a_transposed_weight_that_was_not_trained_is_told(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    write("GPT2", tmp_path, tokenizer)
+    original, state = tmp_path / "original", tmp_path / "state.safetensors"
+    name = "transformer.h.0.attn.c_proj.weight"  # as it is stored, which is how training saves it
+    save_file({name: rig.dense(original, AutoModelForCausalLM).state_dict()[name]}, state)
+    asked = rig.recipe(original, tmp_path / "adapter", tmp_path / "release", eval_text)
+    (fault,) = make_plan(replace(asked, adapter=(), partial_state=state)).faults
+    assert "its update is zero" in fault.message

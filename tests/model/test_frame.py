@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from qmerge.errors import ModelError
 from qmerge.model.experts import opened
 from qmerge.model.frame import Frame, probe
-from qmerge.model.layer import before_linears, fill, linears, run, sibling_groups
+from qmerge.model.layer import Call, before_linears, fill, linears, move, run, sibling_groups
 from qmerge.model.skeleton import Skeleton, build_skeleton
 
 SMALL = {
@@ -178,3 +178,17 @@ def test_a_layer_without_all_its_weights_is_an_error() -> None:
     weights.pop("mlp.up_proj.weight")
     with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight"):
         fill(skeleton.layer(0), weights)
+
+
+def test_what_layers_share_is_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, moved, to = torch.ones(3), [], torch.Tensor.to
+
+    def counted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(tensor)
+        return to(tensor, device)
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    first, second = move([Call(args=(shared,), kwargs={"mask": shared})] * 2, torch.device("meta"))
+    assert first.args[0] is second.kwargs["mask"]
+    assert first.args[0].is_meta
+    assert len(moved) == 1

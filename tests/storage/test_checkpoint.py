@@ -125,6 +125,19 @@ def test_mappings_are_let_go_and_tensors_stay(
     assert all(same(read[name], tensors[name]) for name in tensors)
 
 
+def test_a_mapping_that_another_thread_lets_go_is_no_loss(tmp_path: Path) -> None:
+    class LetGo(dict[Path, Any]):
+        def __setitem__(self, file: Path, opened: Any) -> None:
+            super().__setitem__(file, opened)
+            self.clear()  # as `close` of another thread does
+
+    tensors = some_tensors()
+    write_sharded(tmp_path, tensors)
+    opened = Checkpoint.open(tmp_path)
+    opened._opened = LetGo()
+    assert all(same(opened.read(name), tensors[name]) for name in tensors)
+
+
 def test_a_file_that_changes_after_opening_is_noticed(tmp_path: Path) -> None:
     save_file(some_tensors(), tmp_path / "model.safetensors")
     opened = Checkpoint.open(tmp_path)
