@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from qmerge import cli
 from qmerge.cli.outputs import finish
 from qmerge.errors import ModelError, PlanError
 from qmerge.evaluate import evaluate
@@ -450,6 +451,10 @@ def test_quantize_needs_no_adapter(
     expected = perplexity(load(tiny_original), tokens)
     assert close(result.arms["dense"]["held_out"].perplexity, expected, 1e-4)
     assert result.survival is None or result.survival.survival is None
+    again = tmp_path / "again"
+    assert cli.status(["run", str(out / "qmerge_recipe.yaml"), "--out", str(again)]) == 0
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
 
 
 def test_previous_release_is_an_arm_and_the_gate_speaks(

@@ -72,7 +72,8 @@ def _setting(result: RunResult, key: str) -> Any:
 def _tags(result: RunResult) -> list[str]:
     bits = _setting(result, "bits")
     form = str(_setting(result, "format") or "gptq")
-    tags = ["qmerge", "gptq", form if form not in ("gptq", "gptq_v2") else "", "qlora"]
+    tags = ["qmerge", "gptq", form if form not in ("gptq", "gptq_v2") else ""]
+    tags.append("" if result.command == "quantize" else "qlora")
     return [tag for tag in [*tags, f"{bits}-bit" if bits else ""] if tag]
 
 
@@ -85,9 +86,9 @@ def _origin(result: RunResult) -> str:
     what = f"{bits}-bit weights" if bits else "quantized weights"
     group = _setting(result, "group_size")
     detail = f", group size {group}" if group and group != -1 else ""
+    done = "quantized" if result.command == "quantize" else "merged and quantized"
     return (
-        f"{merged}, merged and quantized with GPTQ to {what}{detail} by qmerge"
-        f" {escape(result.qmerge_version)}."
+        f"{merged}, {done} with GPTQ to {what}{detail} by qmerge {escape(result.qmerge_version)}."
     )
 
 
@@ -191,10 +192,10 @@ def _hash(files: Any) -> str:
 def _again(result: RunResult, name: str) -> str:
     quoted = _quoted(name)
     return (
-        "`qmerge_recipe.yaml` in this folder holds every setting, `qmerge_report.json` all figures"
-        " and the hashes of what went in. From the folder that the recipe's paths start from:\n\n"
-        f"```sh\npip install qmerge=={result.qmerge_version}\n"
-        f"qmerge run {quoted}/qmerge_recipe.yaml --out again\n"
+        f"Made with qmerge {escape(result.qmerge_version)}. `qmerge_recipe.yaml` in this folder"
+        " holds every setting, `qmerge_report.json` all figures and the hashes of what went in."
+        " From the folder that the recipe's paths start from:\n\n"
+        f"```sh\nqmerge run {quoted}/qmerge_recipe.yaml --out again\n"
         f"qmerge compare {quoted} again\n```"
     )
 

@@ -35,6 +35,7 @@ from qmerge.report.words import (
     share_cell,
     size,
     statistics,
+    strategy_told,
     subject_score,
     survival_phrase,
     verdict,
@@ -114,6 +115,7 @@ def render(result: RunResult) -> str:
         ratio=error_ratio_phrase(result),
         pictures=_pictures(result),
         merged=merge_lines(result),
+        strategy=strategy_told(result),
         passages=_worst(result),
         scale=_scale(result),
         recipe=yaml.safe_dump(_plain(result.recipe), sort_keys=False, allow_unicode=True),
@@ -132,8 +134,9 @@ def _origin(result: RunResult) -> str:
     """ "base + adapter · dequantize · gptq", as far as it is known."""
     folders = [result.inputs[role] for role in ("base", "adapter") if role in result.inputs]
     parts = [" + ".join(record.model or PurePath(record.path).name for record in folders)]
-    if result.strategy is not None:
-        parts.append(result.strategy.chosen)
+    strategy = strategy_told(result)
+    if strategy is not None:
+        parts.append(strategy.chosen)
     if result.release is not None and result.release.format:
         parts.append(result.release.format)
     return " · ".join(part for part in parts if part)

@@ -22,6 +22,7 @@ from qmerge.report.words import (
     rows,
     size,
     statistics,
+    strategy_told,
     survival_phrase,
     verdict,
 )
@@ -66,8 +67,9 @@ def summary(result: RunResult) -> str:
     ratio = error_ratio_phrase(result)
     if ratio:
         blocks.append(f"Original: {escape(ratio)}.")
-    if result.strategy is not None:
-        blocks.append(f"Strategy: {escape(result.strategy.chosen)}, {escape(result.strategy.why)}")
+    strategy = strategy_told(result)
+    if strategy is not None:
+        blocks.append(f"Strategy: {escape(strategy.chosen)}, {escape(strategy.why)}")
     lines = [f"Gate: {line}" for line in gate_lines(result)]
     lines += [*previous_lines(result), *merge_lines(result)]
     if lines:

@@ -19,6 +19,7 @@ from qmerge.report.words import (
     previous_lines,
     printable,
     rows,
+    strategy_told,
     survival_phrase,
     verdict,
 )
@@ -74,8 +75,9 @@ def _facts(result: RunResult) -> list[str]:
     if ratio:
         facts.append(_wrapped(f"original: {ratio}"))
     facts.extend(_wrapped(line) for line in merge_lines(result))
-    if result.strategy is not None:
-        facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
+    strategy = strategy_told(result)
+    if strategy is not None:
+        facts.append(_wrapped(f"strategy: {strategy.chosen}, {strategy.why}"))
     facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))
     facts.extend(_wrapped(line) for line in previous_lines(result))
     if result.release is not None:

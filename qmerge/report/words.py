@@ -15,6 +15,7 @@ from qmerge.results import (
     Estimate,
     LinearResult,
     RunResult,
+    StrategyResult,
     Survival,
 )
 
@@ -142,7 +143,7 @@ def rows(result: RunResult, corpus: str) -> list[Row]:
         )
     floor = result.noise_floor.get(corpus)
     if floor is not None:
-        note = f"trained in 16 bits, {len(floor.window_nll)} windows"
+        note = f"{result.reference} in 16 bits, {len(floor.window_nll)} windows"
         cells = (Cell(word=DASH), *_cells(floor, is_reference=False)[1:])
         found.append(Row(arm="noise_floor", label="noise floor", cells=cells, note=note))
     return found
@@ -399,6 +400,11 @@ def error_ratio_phrase(result: RunResult) -> str:
     (least, first), (most, last) = min(found), max(found)
     span = f", by layer {least:.3g} ({first}) to {most:.3g} ({last})" if len(found) > 1 else ""
     return f"the base's quantization error is {whole:.3g} of the adapter's effect{span}"
+
+
+def strategy_told(result: RunResult) -> StrategyResult | None:
+    """What was merged onto and why; None where nothing was merged."""
+    return None if result.command == "quantize" else result.strategy
 
 
 def merge_lines(result: RunResult) -> list[str]:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report import FORMATS, render, render_card, render_comparison
 from qmerge.results import InputRecord, RunResult
-from tests.samples import ODD, finished, without_adapter_figures
+from tests.samples import ODD, finished, quantized, without_adapter_figures
 
 
 def gated(**options: bool) -> RunResult:
@@ -187,6 +187,23 @@ def test_the_card_says_where_vllm_will_not_load_it(details: dict[str, object], r
     card = render_card(dataclasses.replace(finished(), release=release), name="x")
     assert "vllm serve" in card
     assert "compressed-tensors" in card
+
+
+def test_nothing_is_said_to_be_merged_where_nothing_was() -> None:
+    card = render_card(quantized(), name="plays-int4")
+    assert "`org/base-4bit`, quantized with GPTQ to 4-bit weights" in card
+    assert "dense in 16 bits" in card
+    assert "qlora" not in card
+    for text in (card, *(render(quantized(), form) for form in ("text", "md", "html"))):
+        body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+        assert not re.search(r"merged|\btrained|adapter|strategy|dequantize", body, re.IGNORECASE)
+
+
+def test_the_card_gives_no_command_that_cannot_work() -> None:
+    """qmerge is on no package index."""
+    card = render_card(finished(), name="x")
+    assert "Made with qmerge 0.1.0." in card
+    assert "pip install qmerge" not in card
 
 
 def test_the_card_opens_a_release_with_what_reads_it() -> None:
