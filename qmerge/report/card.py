@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qmerge.report.markdown import coded, escape, grid, summary
+from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.words import findings, legend, size, verdict
 from qmerge.results import RunResult
 
@@ -23,7 +23,8 @@ def render(result: RunResult, *, name: str = "release") -> str:
         f"---\n{yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True)}---",
         f"# {escape(name)}",
         _origin(result),
-        f"**{escape(_verdict(result))}**",
+        f"**{escape(_for_others(verdict(result).sentence))}**",
+        _for_others(doubted(result)),
         "\n".join(f"- {coded(line, result)}" for line in findings(result)),
         "## What it costs",
         _arms_legend(result),
@@ -205,6 +206,6 @@ def _quoted(name: str) -> str:
     return re.sub(r"[^\w./-]", "", name)
 
 
-def _verdict(result: RunResult) -> str:
+def _for_others(text: str) -> str:
     """A card is read by others than those who trained."""
-    return verdict(result).sentence.replace("what you trained", "the model that was trained")
+    return text.replace("what you trained", "the model that was trained")

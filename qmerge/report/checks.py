@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qmerge.report.markdown import coded, escape, grid, summary
+from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.text import render, render_comparison, table
 from qmerge.report.words import (
     change_phrase,
@@ -53,7 +53,9 @@ def of_result(result: RunResult) -> Checked:
         warnings=result.warnings,
         seconds=result.timings.get("total", 0.0),
         text=render(result),
-        markdown=_blocks([f"**{escape(sentence)}**", "\n".join(found), summary(result)]),
+        markdown=_blocks(
+            [f"**{escape(sentence)}**", doubted(result), "\n".join(found), summary(result)]
+        ),
     )
 
 

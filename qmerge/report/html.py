@@ -21,6 +21,7 @@ from qmerge.report.words import (
     Row,
     change_cell,
     corpora,
+    doubts,
     duration,
     error_ratio_phrase,
     findings,
@@ -39,6 +40,7 @@ from qmerge.report.words import (
     subject_score,
     survival_phrase,
     verdict,
+    warnings,
 )
 from qmerge.results import Piece, RunResult, WorstWindow
 
@@ -101,7 +103,8 @@ def render(result: RunResult) -> str:
         verdict=verdict(result),
         tiles=_tiles(result),
         findings=[_coded(line, result) for line in findings(result)] + previous_lines(result),
-        warnings=[_coded(line, result) for line in result.warnings],
+        doubts=doubts(result),
+        warnings=[_coded(line, result) for line in warnings(result)],
         columns=COLUMNS,
         tables=[
             Table(

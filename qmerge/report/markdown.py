@@ -9,6 +9,7 @@ from qmerge.report.words import (
     COLUMNS,
     STATISTICS,
     corpora,
+    doubts,
     duration,
     error_ratio_phrase,
     findings,
@@ -25,6 +26,7 @@ from qmerge.report.words import (
     strategy_told,
     survival_phrase,
     verdict,
+    warnings,
 )
 from qmerge.results import RunResult
 
@@ -37,7 +39,7 @@ FIGURE = re.compile(
 
 def render(result: RunResult) -> str:
     """Verdict, tables, survival, layers, corpora, inputs, versions, times: the whole report."""
-    blocks = ["# qmerge report", _bold(verdict(result).sentence)]
+    blocks = ["# qmerge report", _bold(verdict(result).sentence), doubted(result)]
     blocks.append("\n".join(f"- {coded(line, result)}" for line in findings(result)))
     blocks.append(summary(result))
     blocks.append(escape(legend(result)).replace("\\`", "`"))
@@ -46,10 +48,15 @@ def render(result: RunResult) -> str:
     blocks.append(_texts(result))
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
-    if result.warnings:
-        lines = [f"- {coded(line, result)}" for line in result.warnings]
+    if warnings(result):
+        lines = [f"- {coded(line, result)}" for line in warnings(result)]
         blocks.append("\n".join(["## Warnings", "", *lines]))
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def doubted(result: RunResult) -> str:
+    """What stands against the verdict as a whole."""
+    return "\n\n".join(f"Warning: {escape(line)}" for line in doubts(result))
 
 
 def summary(result: RunResult) -> str:

@@ -11,6 +11,7 @@ from qmerge.report.words import (
     Row,
     change_phrase,
     corpora,
+    doubts,
     error_ratio_phrase,
     findings,
     gate_lines,
@@ -22,6 +23,7 @@ from qmerge.report.words import (
     strategy_told,
     survival_phrase,
     verdict,
+    warnings,
 )
 from qmerge.results import Comparison, RunResult
 
@@ -33,6 +35,7 @@ def render(result: RunResult) -> str:
     """Verdict, one table per corpus, survival, warnings; no colour, lines under 100 columns
     wherever names allow."""
     blocks = [_wrapped(verdict(result).sentence)]
+    blocks.append("\n".join(_wrapped(f"warning: {line}") for line in doubts(result)))
     options = [remedy.option for remedy in result.remedies]
     lines = findings(result)
     if lines:
@@ -41,8 +44,8 @@ def render(result: RunResult) -> str:
         title = heading(corpus, result.corpora.evaluation.get(corpus))
         blocks.append("\n".join([title, *table(rows(result, corpus))]))
     blocks.append("\n".join(_facts(result)))
-    if result.warnings:
-        blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in result.warnings))
+    others = [_wrapped(f"warning: {line}", options) for line in warnings(result)]
+    blocks.append("\n".join(others))
     return printable("\n\n".join(block for block in blocks if block) + "\n")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from qmerge.results import (
+    DOUBT,
     ArmScore,
     Change,
     CorpusRecord,
@@ -19,7 +20,6 @@ from qmerge.results import (
     Survival,
 )
 
-LABELS = {"quantized_base": "quantized base"}
 COLUMNS = ("perplexity", "change", "KL", "same top token")
 DASH = "–"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -151,7 +151,7 @@ def rows(result: RunResult, corpus: str) -> list[Row]:
 
 LEGEND = {
     "original": "`original` is the 16-bit model that the base was quantized from",
-    "quantized_base": "`quantized base` the 4-bit base without adapter",
+    "quantized_base": "`quantized base` the base that training ran on, without adapter",
     "trained": "`trained` the base with the adapter live on top, as it was trained and validated",
     "dense": "`dense` the model that was quantized",
     "merged": "`merged` the merged model before it was quantized",
@@ -161,13 +161,22 @@ LEGEND = {
 }
 
 
+PLAIN_BASE = {"quantized_base": "`base` the base as it is stored, without adapter"}
+
+
+def _base_is_plain(result: RunResult) -> bool:
+    """Whether nothing quantized the base: it is dense, and no training in few bits is known."""
+    return "base" in result.inputs and result.inputs["base"].format == "dense"
+
+
 def legend(result: RunResult) -> str:
     """What the arms of the tables are, in a sentence; empty where they have names of their own."""
     if result.command == "evaluate":
         return ""
     present = {*result.arms, *(["noise_floor"] if result.noise_floor else [])}
     others = [arm for arm in present if arm not in LEGEND]
-    told = [text for arm, text in LEGEND.items() if arm in present]
+    known = LEGEND | (PLAIN_BASE if _base_is_plain(result) else {})
+    told = [text for arm, text in known.items() if arm in present]
     rest = (
         " Arms that name a strategy were merged in that way, and not published." if others else ""
     )
@@ -224,7 +233,11 @@ def label(result: RunResult, arm: str) -> str:
         return f"{arm} (reference)"
     head, _, tail = arm.partition("_")
     strategies = [found.strategy for found in result.strategy.candidates] if result.strategy else []
-    return f"{head} ({tail})" if tail in strategies else LABELS.get(arm, arm)
+    if tail in strategies:
+        return f"{head} ({tail})"
+    if arm == "quantized_base":
+        return "base" if _base_is_plain(result) else "quantized base"
+    return arm
 
 
 def _cells(score: ArmScore, *, is_reference: bool) -> tuple[Cell, ...]:
@@ -498,6 +511,16 @@ def findings(result: RunResult) -> list[str]:
             f"({count}: survival at least {remedy.survival:.3f}, {cost})."
         )
     return lines
+
+
+def doubts(result: RunResult) -> list[str]:
+    """Warnings that are about the reference itself, for right below the verdict."""
+    return [line for line in result.warnings if DOUBT in line]
+
+
+def warnings(result: RunResult) -> list[str]:
+    """All others."""
+    return [line for line in result.warnings if DOUBT not in line]
 
 
 def pieces_of(text: str, options: Iterable[str]) -> list[tuple[str, bool]]:
