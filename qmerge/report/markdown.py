@@ -27,6 +27,7 @@ from qmerge.report.words import (
     survival_phrase,
     verdict,
     warnings,
+    words,
 )
 from qmerge.results import RunResult
 
@@ -45,6 +46,7 @@ def render(result: RunResult) -> str:
     blocks.append(escape(legend(result)).replace("\\`", "`"))
     blocks.append(_all_figures(result))
     blocks.append(_layers(result))
+    blocks.append(_words(result))
     blocks.append(_texts(result))
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
@@ -143,6 +145,13 @@ def _layers(result: RunResult) -> str:
     ]
     head = ["layer", "survival", "noise", "base's error / adapter's effect"]
     return "## Layers\n\n" + grid(head, body) if body else ""
+
+
+def _words(result: RunResult) -> str:
+    """What the tables and lines above mean by their words."""
+    found = words(result, linears=False)
+    lines = [f"- *{escape(word)}*: {escape(meaning)}" for word, meaning in found.items()]
+    return "## Words\n\n" + "\n".join(lines) if lines else ""
 
 
 def _short(value: float | None) -> str:

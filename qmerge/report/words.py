@@ -183,6 +183,55 @@ def legend(result: RunResult) -> str:
     return f"{', '.join(told)}.{rest}" if told else ""
 
 
+OTHER_STRATEGY = "merged (substitute), release (dequantize), …"
+WORDS = {
+    "±": "a standard error over windows; of a change, that of the differences window by window",
+    "change": "perplexity over that of the reference on the same windows, less one",
+    "KL": "the mean of KL(reference ‖ arm) over tokens, in nats",
+    "same top token": "share of tokens after which the arm and the reference hold the same one for"
+    " the likeliest",
+    "adapter's gain kept": "ln(base / release) / ln(base / trained), of perplexities",
+    OTHER_STRATEGY: "what the strategy that was not published came"
+    " to: substitute merges onto the original, dequantize onto the decoded base",
+    "survival": "share of the change that merging made to a linear's output which the release still"
+    " has, along that change: ⟨E, D⟩ / ⟨D, D⟩ over the calibration text, for the merged weight D"
+    " and the released one E, both less the weight before the merge; 1 is whole, 0 erased; of"
+    " several linears, products are summed first",
+    "noise": "how far what the release has is from that change, in power over the change's own:"
+    " ‖E − D‖² / ‖D‖²",
+    "update of a step": "root mean square of D over the release's mean quantization step",
+    "codes changed": "share of the release's codes that differ from the base's, where the base has"
+    " such codes and the adapter changed the linear",
+    "base's error / adapter's effect": "‖W − B‖ / ‖D‖ in a linear's output, for the original's"
+    " weight W and the base's B",
+    "error": "‖M − Q‖² / ‖M‖² in a linear's output, for the weight M that was to be quantized and"
+    " the released one Q",
+    "grid": "steps and zero points: fresh ones, or anchored, the base's own, by share of rows",
+    "damping": "what was added to the Hessian's diagonal, as a share of its mean",
+}
+"""What tables and lines call things, for those who did not write them."""
+OF_LINEARS = ("error", "grid", "damping")
+
+
+def words(result: RunResult, *, linears: bool) -> dict[str, str]:
+    """Those that a report of this result has; of `linears` where it lists them."""
+    names = corpora(result)
+    kept = result.survival or Survival()
+    known = {
+        "±": bool(names),
+        **dict.fromkeys(("change", "KL", "same top token"), result.reference is not None),
+        "adapter's gain kept": bool(names) and gain_kept(result, names[0]) is not None,
+        OTHER_STRATEGY: result.strategy is not None and len(result.strategy.candidates) > 1,
+        "survival": kept.survival is not None,
+        "noise": kept.noise is not None,
+        "update of a step": kept.step_ratio is not None,
+        "codes changed": kept.codes_changed is not None,
+        "base's error / adapter's effect": kept.error_ratio is not None,
+        **dict.fromkeys(OF_LINEARS, linears),
+    }
+    return {word: meaning for word, meaning in WORDS.items() if known[word]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """Everything that was measured of one arm on one corpus, as text in the order of STATISTICS."""

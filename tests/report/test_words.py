@@ -13,7 +13,10 @@ from qmerge.measure import Limits, check_limits
 from qmerge.report import render, render_card
 from qmerge.report.checks import of_result
 from qmerge.report.words import (
+    OF_LINEARS,
+    OTHER_STRATEGY,
     STATISTICS,
+    WORDS,
     change_cell,
     duration,
     findings,
@@ -25,10 +28,11 @@ from qmerge.report.words import (
     statistics,
     verdict,
     weakest,
+    words,
 )
 from qmerge.results import ArmScore, Change, Remedy, RunResult, Survival
 from qmerge.training import decide
-from tests.samples import finished, without_adapter_figures
+from tests.samples import finished, quantized, without_adapter_figures
 
 DENSE = FormatSummary(method="none", checkpoint_format="bfloat16", dtype=torch.bfloat16)
 
@@ -157,6 +161,26 @@ def test_a_doubt_about_the_reference_stands_right_below_the_verdict() -> None:
         assert text.index("this is not what you trained") < text.index("calibration and plays")
     assert "this is not the model that was trained" in render_card(result)
     assert "this is not what you trained" in of_result(result).markdown
+
+
+def test_the_words_are_told_where_they_are_used() -> None:
+    result = finished()
+    told = words(result, linears=False)
+    assert {"±", "KL", "noise", "update of a step", "codes changed"} <= told.keys()
+    assert OTHER_STRATEGY not in told  # there was one strategy
+    assert "error" not in told
+    assert words(result, linears=True).keys() - told.keys() == set(OF_LINEARS)
+    assert words(quantized(), linears=False).keys() == {"±", "change", "KL", "same top token"}
+    for form in ("md", "html"):
+        text = " ".join(html.unescape(render(result, form)).split())
+        assert all(meaning in text for meaning in told.values())
+
+
+def test_the_words_are_the_readme_s() -> None:
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    text = " ".join(readme.read_text(encoding="utf-8").split())
+    for word, meaning in WORDS.items():
+        assert f"- **{word}**: {meaning}" in text
 
 
 def test_the_layer_that_hurts_is_pointed_at() -> None:
