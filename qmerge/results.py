@@ -161,6 +161,11 @@ DOUBT = "this is not what you trained"
 """In a warning that is about the reference itself: it stands right below the verdict."""
 
 
+UNPROVEN = "compare the sha256 of its weights with that model's"
+"""In a warning that comes with a right base as with a wrong one: told once, when a run begins, and
+in what it writes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
     """One requantized linear. `anchored` is the share of its rows on the base's own grid, `kappa`

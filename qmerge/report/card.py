@@ -44,7 +44,7 @@ def front_matter(result: RunResult) -> dict[str, Any]:
     roles = ("original", "base", "adapter")
     records = [(role, result.inputs[role]) for role in roles if role in result.inputs]
     named = [(role, r.model) for role, r in records if r.model and HUB_NAME.match(r.model)]
-    bases = [model for role, model in named if role != "adapter"]
+    bases = [model for role, model in named if role != "adapter"] + _claims(result)
     found: dict[str, Any] = {}
     if bases:
         found["base_model"] = bases[0]
@@ -82,7 +82,9 @@ def _origin(result: RunResult) -> str:
     base, adapter = _called(result, "base"), _called(result, "adapter")
     if not base:
         return ""
-    merged = f"{base} with the adapter {adapter}" if adapter else base
+    claims = [name for name in _claims(result) if adapter and f"`{name}`" != base]
+    trained = f" (which names `{claims[0]}` as its base)" if claims else ""
+    merged = f"{base} with the adapter {adapter}{trained}" if adapter else base
     bits = _setting(result, "bits")
     what = f"{bits}-bit weights" if bits else "quantized weights"
     group = _setting(result, "group_size")
@@ -91,6 +93,12 @@ def _origin(result: RunResult) -> str:
     return (
         f"{merged}, {done} with GPTQ to {what}{detail} by qmerge {escape(result.qmerge_version)}."
     )
+
+
+def _claims(result: RunResult) -> list[str]:
+    """What adapters name as their base, where the hub can have it."""
+    named = [str(record.details.get("base") or "") for record in result.inputs.values()]
+    return [name for name in named if HUB_NAME.match(name)]
 
 
 def _called(result: RunResult, role: str) -> str:

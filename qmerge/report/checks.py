@@ -13,6 +13,7 @@ from qmerge.report.words import (
     findings,
     gate_lines,
     heading,
+    pressing,
     printable,
     rows,
     verdict,
@@ -50,7 +51,7 @@ def of_result(result: RunResult) -> Checked:
         command=f"qmerge {result.command}",
         sentence=sentence,
         checks=(Check(name="scored", passed=True, text=sentence), *_limits(result.gate)),
-        warnings=result.warnings,
+        warnings=tuple(pressing(result)),
         seconds=result.timings.get("total", 0.0),
         text=render(result),
         markdown=_blocks(

@@ -17,6 +17,7 @@ from qmerge.report.words import (
     gate_lines,
     heading,
     merge_lines,
+    pressing,
     previous_lines,
     printable,
     rows,
@@ -44,8 +45,8 @@ def render(result: RunResult) -> str:
         title = heading(corpus, result.corpora.evaluation.get(corpus))
         blocks.append("\n".join([title, *table(rows(result, corpus))]))
     blocks.append("\n".join(_facts(result)))
-    others = [_wrapped(f"warning: {line}", options) for line in warnings(result)]
-    blocks.append("\n".join(others))
+    others = [line for line in warnings(result) if line in pressing(result)]
+    blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in others))
     return printable("\n\n".join(block for block in blocks if block) + "\n")
 
 

@@ -10,6 +10,7 @@ from statistics import median
 
 from qmerge.results import (
     DOUBT,
+    UNPROVEN,
     ArmScore,
     Change,
     CorpusRecord,
@@ -570,6 +571,11 @@ def doubts(result: RunResult) -> list[str]:
 def warnings(result: RunResult) -> list[str]:
     """All others."""
     return [line for line in result.warnings if DOUBT not in line]
+
+
+def pressing(result: RunResult) -> list[str]:
+    """Warnings but those that need not be told at the end of a run too."""
+    return [line for line in result.warnings if UNPROVEN not in line]
 
 
 def pieces_of(text: str, options: Iterable[str]) -> list[tuple[str, bool]]:
