@@ -157,10 +157,10 @@ def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
     if job.original is not None and "original" in records:
         records["original"] = replace(records["original"], format=job.original.format.name)
     for role, adapter in zip((r for r in records if "adapter" in r), job.adapters, strict=True):
+        details: dict[str, Any] = {"rank": adapter.rank}
         if adapter.base_name and not Path(adapter.base_name).exists():
-            known = records["base"].model or adapter.base_name
-            records["base"] = replace(records["base"], model=known)
-        records[role] = replace(records[role], format=adapter.kind, details={"rank": adapter.rank})
+            details["base"] = adapter.base_name
+        records[role] = replace(records[role], format=adapter.kind, details=details)
     if recipe.partial_state is not None:
         records["partial state"] = file_record(recipe.partial_state, *_saved_beside(job))
     return records

@@ -157,6 +157,15 @@ FEW_TOKENS = "too few tokens chose this expert: calibrated with all"
 """The fallback of an expert's linear whose own tokens would not do."""
 
 
+DOUBT = "this is not what you trained"
+"""In a warning that is about the reference itself: it stands right below the verdict."""
+
+
+UNPROVEN = "compare the sha256 of its weights with that model's"
+"""In a warning that comes with a right base as with a wrong one: told once, when a run begins, and
+in what it writes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearResult:
     """One requantized linear. `anchored` is the share of its rows on the base's own grid, `kappa`

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from qmerge.errors import RecipeError
 from qmerge.formats.base import FormatSummary
 from qmerge.formats.simulated import DTYPES, BaseQuant, parse_base_quant
+from qmerge.results import DOUBT
 
 LIMIT = 1 << 20
 """Bytes of a file beyond which it is none that a trainer wrote."""
@@ -107,7 +108,8 @@ def _dense(told: list[Told], adapted: bool) -> Decision:
     if not found:
         note = (
             "the base is dense and is taken as it is stored: no file beside the adapter says how"
-            " training loaded it; if it did so in 4 or 8 bits, say so: --base-quant nf4,double"
+            f" training loaded it; if it did so in 4 or 8 bits, {DOUBT}: say so, as in"
+            " --base-quant nf4,double"
         )
         return Decision(quant=None, notes=(note,))
     first = found[0]
@@ -123,8 +125,8 @@ def _dense(told: list[Told], adapted: bool) -> Decision:
     if first.quant is None:
         return Decision(quant=None, notes=(f"{said}: the base is dense and so it is taken here",))
     note = (
-        f"{said}, which is another base than this dense one, and merging onto this one is not what"
-        " was trained: give that very base as --base, or say --base-quant"
+        f"{said}, which is another base than this dense one, and {DOUBT}: give that very base as"
+        " --base, or say --base-quant"
     )
     return Decision(quant=None, notes=(note,))
 

@@ -113,6 +113,16 @@ def without_adapter_figures(result: RunResult) -> RunResult:
     )  # fmt: skip
 
 
+def quantized() -> RunResult:
+    """As `qmerge quantize` leaves it: nothing was merged."""
+    made = finished()
+    arms = {"dense": made.arms["trained"], "release": made.arms["release"]}
+    return dataclasses.replace(
+        made, command="quantize", reference="dense", arms=arms, survival=None, remedies=(),
+        layers=(), inputs={"base": made.inputs["base"]}, change_from_previous={},
+    )  # fmt: skip
+
+
 def _scores(
     number: int, damage: float, seed: int
 ) -> tuple[dict[str, ArmScore], ArmScore, tuple[WorstWindow, ...]]:

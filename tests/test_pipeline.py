@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from qmerge import cli
 from qmerge.cli.outputs import finish
 from qmerge.errors import ModelError, PlanError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
-from qmerge.pipeline import run
+from qmerge.pipeline import _hash_inputs, run
 from qmerge.plan import make_plan
+from qmerge.progress import Silent
 from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.report import render
 from qmerge.results import RunResult
@@ -450,6 +452,23 @@ def test_quantize_needs_no_adapter(
     expected = perplexity(load(tiny_original), tokens)
     assert close(result.arms["dense"]["held_out"].perplexity, expected, 1e-4)
     assert result.survival is None or result.survival.survival is None
+    again = tmp_path / "again"
+    assert cli.status(["run", str(out / "qmerge_recipe.yaml"), "--out", str(again)]) == 0
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_the_base_that_an_adapter_names_is_its_own_word(
+    asked: Recipe, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": "org/named"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    recipe = replace(asked, adapter=(str(tmp_path / "adapter"),), out=tmp_path / "release")
+    inputs = _hash_inputs(make_plan(recipe).ready(), Silent())
+    assert inputs["base"].model is None
+    assert inputs["adapter"].details["base"] == "org/named"
 
 
 def test_previous_release_is_an_arm_and_the_gate_speaks(

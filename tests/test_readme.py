@@ -43,6 +43,13 @@ def test_the_workflow_is_one() -> None:
     assert {"release/report.html", "run.jsonl"} <= set(steps()[-2]["with"]["path"].split())
 
 
+def test_the_workflow_installs_what_it_fetched() -> None:
+    """qmerge is on no package index."""
+    fetched = [step["with"]["path"] for step in steps() if "path" in step.get("with", {})]
+    (line,) = (step["run"] for step in steps() if "pip install" in step.get("run", ""))
+    assert line.removeprefix("pip install ./") in fetched
+
+
 @pytest.mark.parametrize("line", commands())
 def test_the_command_line_takes_it(line: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,7 @@ from qmerge.adapters.kinds import (
 )
 from qmerge.adapters.spelling import bare
 from qmerge.errors import AdapterError, CheckpointError
+from qmerge.results import UNPROVEN
 from qmerge.storage.headers import TensorInfo, read_header
 from qmerge.storage.pickled import PickledFile
 
@@ -99,10 +100,10 @@ class Adapter:
         commits = [commit for folder, commit in map(_identity, folders) if folder == name]
         if not commits:
             called = " or ".join(sorted({folder.name for folder in folders}))
-            return f"{said}, and the folder is called {called}: check that they are the same model"
+            return f"{said}, and the folder is called {called}, which proves nothing: {UNPROVEN}"
         if _is_commit(self.base_revision) and self.base_revision not in commits:
             return said if not any(commits) else f"{said}, and this is {commits[0]}"
-        return f"{said}: check that this is it" if revision and not any(commits) else None
+        return f"{said}: {UNPROVEN}" if revision and not any(commits) else None
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -34,6 +35,10 @@ COMMANDS = (
     "demo",
 )
 
+# Loggers that warn, while libraries are imported, of what no command of ours uses: kernels that
+# torchao and bitsandbytes would have on another machine, and what torchao asks of torch.
+CHATTER = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+
 INTERRUPTED = 130
 INTERNAL = 3
 
@@ -57,7 +62,8 @@ def group() -> None:
     """Merge a QLoRA adapter into its 4-bit base, requantize with GPTQ, and say what it cost.
 
     Exit codes: 0 done; 1 a gate, comparison, verification or plan found a fault; 2 bad input;
-    3 internal or I/O failure; 130 interrupted. QMERGE_DEBUG=1 shows tracebacks.
+    3 internal or I/O failure; 130 interrupted. QMERGE_DEBUG=1 shows tracebacks, and what libraries
+    warn of while they are imported.
     """
 
 
@@ -67,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     SIGTERM ends it as Ctrl-C does: an exception, so that files and locks are let go in order.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not _debugging():
+        for name in CHATTER:
+            logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(status(arguments))
 
 
@@ -117,5 +126,9 @@ def _printable(text: str) -> str:
 
 
 def _trace() -> None:
-    if os.environ.get("QMERGE_DEBUG") == "1":
+    if _debugging():
         traceback.print_exc()
+
+
+def _debugging() -> bool:
+    return os.environ.get("QMERGE_DEBUG") == "1"

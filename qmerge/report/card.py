@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qmerge.report.markdown import coded, escape, grid, summary
+from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.words import findings, legend, size, verdict
 from qmerge.results import RunResult
 
@@ -23,7 +23,8 @@ def render(result: RunResult, *, name: str = "release") -> str:
         f"---\n{yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True)}---",
         f"# {escape(name)}",
         _origin(result),
-        f"**{escape(_verdict(result))}**",
+        f"**{escape(_for_others(verdict(result).sentence))}**",
+        _for_others(doubted(result)),
         "\n".join(f"- {coded(line, result)}" for line in findings(result)),
         "## What it costs",
         _arms_legend(result),
@@ -43,7 +44,7 @@ def front_matter(result: RunResult) -> dict[str, Any]:
     roles = ("original", "base", "adapter")
     records = [(role, result.inputs[role]) for role in roles if role in result.inputs]
     named = [(role, r.model) for role, r in records if r.model and HUB_NAME.match(r.model)]
-    bases = [model for role, model in named if role != "adapter"]
+    bases = [model for role, model in named if role != "adapter"] + _claims(result)
     found: dict[str, Any] = {}
     if bases:
         found["base_model"] = bases[0]
@@ -72,7 +73,8 @@ def _setting(result: RunResult, key: str) -> Any:
 def _tags(result: RunResult) -> list[str]:
     bits = _setting(result, "bits")
     form = str(_setting(result, "format") or "gptq")
-    tags = ["qmerge", "gptq", form if form not in ("gptq", "gptq_v2") else "", "qlora"]
+    tags = ["qmerge", "gptq", form if form not in ("gptq", "gptq_v2") else ""]
+    tags.append("" if result.command == "quantize" else "qlora")
     return [tag for tag in [*tags, f"{bits}-bit" if bits else ""] if tag]
 
 
@@ -80,15 +82,23 @@ def _origin(result: RunResult) -> str:
     base, adapter = _called(result, "base"), _called(result, "adapter")
     if not base:
         return ""
-    merged = f"{base} with the adapter {adapter}" if adapter else base
+    claims = [name for name in _claims(result) if adapter and f"`{name}`" != base]
+    trained = f" (which names `{claims[0]}` as its base)" if claims else ""
+    merged = f"{base} with the adapter {adapter}{trained}" if adapter else base
     bits = _setting(result, "bits")
     what = f"{bits}-bit weights" if bits else "quantized weights"
     group = _setting(result, "group_size")
     detail = f", group size {group}" if group and group != -1 else ""
+    done = "quantized" if result.command == "quantize" else "merged and quantized"
     return (
-        f"{merged}, merged and quantized with GPTQ to {what}{detail} by qmerge"
-        f" {escape(result.qmerge_version)}."
+        f"{merged}, {done} with GPTQ to {what}{detail} by qmerge {escape(result.qmerge_version)}."
     )
+
+
+def _claims(result: RunResult) -> list[str]:
+    """What adapters name as their base, where the hub can have it."""
+    named = [str(record.details.get("base") or "") for record in result.inputs.values()]
+    return [name for name in named if HUB_NAME.match(name)]
 
 
 def _called(result: RunResult, role: str) -> str:
@@ -191,10 +201,10 @@ def _hash(files: Any) -> str:
 def _again(result: RunResult, name: str) -> str:
     quoted = _quoted(name)
     return (
-        "`qmerge_recipe.yaml` in this folder holds every setting, `qmerge_report.json` all figures"
-        " and the hashes of what went in. From the folder that the recipe's paths start from:\n\n"
-        f"```sh\npip install qmerge=={result.qmerge_version}\n"
-        f"qmerge run {quoted}/qmerge_recipe.yaml --out again\n"
+        f"Made with qmerge {escape(result.qmerge_version)}. `qmerge_recipe.yaml` in this folder"
+        " holds every setting, `qmerge_report.json` all figures and the hashes of what went in."
+        " From the folder that the recipe's paths start from:\n\n"
+        f"```sh\nqmerge run {quoted}/qmerge_recipe.yaml --out again\n"
         f"qmerge compare {quoted} again\n```"
     )
 
@@ -204,6 +214,6 @@ def _quoted(name: str) -> str:
     return re.sub(r"[^\w./-]", "", name)
 
 
-def _verdict(result: RunResult) -> str:
+def _for_others(text: str) -> str:
     """A card is read by others than those who trained."""
-    return verdict(result).sentence.replace("what you trained", "the model that was trained")
+    return text.replace("what you trained", "the model that was trained")

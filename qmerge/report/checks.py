@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qmerge.report.markdown import coded, escape, grid, summary
+from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.text import render, render_comparison, table
 from qmerge.report.words import (
     change_phrase,
@@ -13,6 +13,7 @@ from qmerge.report.words import (
     findings,
     gate_lines,
     heading,
+    pressing,
     printable,
     rows,
     verdict,
@@ -50,10 +51,12 @@ def of_result(result: RunResult) -> Checked:
         command=f"qmerge {result.command}",
         sentence=sentence,
         checks=(Check(name="scored", passed=True, text=sentence), *_limits(result.gate)),
-        warnings=result.warnings,
+        warnings=tuple(pressing(result)),
         seconds=result.timings.get("total", 0.0),
         text=render(result),
-        markdown=_blocks([f"**{escape(sentence)}**", "\n".join(found), summary(result)]),
+        markdown=_blocks(
+            [f"**{escape(sentence)}**", doubted(result), "\n".join(found), summary(result)]
+        ),
     )
 
 

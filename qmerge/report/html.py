@@ -21,12 +21,14 @@ from qmerge.report.words import (
     Row,
     change_cell,
     corpora,
+    doubts,
     duration,
     error_ratio_phrase,
     findings,
     heading,
     kl_figure,
     legend,
+    linears,
     merge_lines,
     pieces_of,
     previous_lines,
@@ -35,14 +37,21 @@ from qmerge.report.words import (
     share_cell,
     size,
     statistics,
+    strategy_told,
     subject_score,
     survival_phrase,
     verdict,
+    warnings,
+    words,
 )
-from qmerge.results import Piece, RunResult, WorstWindow
+from qmerge.results import LinearResult, Piece, RunResult, Survival, WorstWindow
 
 # Per cent of colour behind the token that suffered most: text on it is still readable.
 STRONGEST = 70
+# Pixels of a phone's screen for an inch of a plot: a plot of usual width fits one of 390.
+PHONE = 68
+# Layers for which a plot by depth needs no more than the usual width.
+FEW_LAYERS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +62,12 @@ class Picture:
     caption: str
     svg: Markup
     wide: bool = False
+    inches: float = plots.WIDTH
+
+    @property
+    def least(self) -> str:
+        """Its width on a phone, where it is wider than the screen: text stays readable."""
+        return f"{PHONE * self.inches:.0f}px" if self.inches > plots.WIDTH else "0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +86,13 @@ class Table:
     title: str
     rows: list[Row]
     figures: list[Figures]
+
+
+class Linears(NamedTuple):
+    """Columns that some linear fills, whether each holds figures, and the linears' rows."""
+
+    columns: list[tuple[str, bool]]
+    rows: list[tuple[str, list[str]]]
 
 
 class Passage(NamedTuple):
@@ -100,7 +122,8 @@ def render(result: RunResult) -> str:
         verdict=verdict(result),
         tiles=_tiles(result),
         findings=[_coded(line, result) for line in findings(result)] + previous_lines(result),
-        warnings=[_coded(line, result) for line in result.warnings],
+        doubts=doubts(result),
+        warnings=[_coded(line, result) for line in warnings(result)],
         columns=COLUMNS,
         tables=[
             Table(
@@ -114,6 +137,9 @@ def render(result: RunResult) -> str:
         ratio=error_ratio_phrase(result),
         pictures=_pictures(result),
         merged=merge_lines(result),
+        strategy=strategy_told(result),
+        linears=_linears(result),
+        words=words(result, linears=True),
         passages=_worst(result),
         scale=_scale(result),
         recipe=yaml.safe_dump(_plain(result.recipe), sort_keys=False, allow_unicode=True),
@@ -132,8 +158,9 @@ def _origin(result: RunResult) -> str:
     """ "base + adapter · dequantize · gptq", as far as it is known."""
     folders = [result.inputs[role] for role in ("base", "adapter") if role in result.inputs]
     parts = [" + ".join(record.model or PurePath(record.path).name for record in folders)]
-    if result.strategy is not None:
-        parts.append(result.strategy.chosen)
+    strategy = strategy_told(result)
+    if strategy is not None:
+        parts.append(strategy.chosen)
     if result.release is not None and result.release.format:
         parts.append(result.release.format)
     return " · ".join(part for part in parts if part)
@@ -184,8 +211,9 @@ def _pictures(result: RunResult) -> list[Picture]:
     if any(s.kl_by_confidence for s in result.arms.get(result.subject or "", {}).values()):
         found.append(_confidence(result))
     if any(layer.kl is not None for layer in result.layers):
-        # A plot that would stand alone in its line takes the whole of it.
-        found.append(_depth(result, wide=len(found) % 2 == 0))
+        # A plot of many layers that would stand alone in its line takes the whole of it.
+        layers = sum(layer.kind == "layer" for layer in result.layers)
+        found.append(_depth(result, layers if len(found) % 2 == 0 else 0))
     return found + _maps(result)
 
 
@@ -224,21 +252,24 @@ def _confidence(result: RunResult) -> Picture:
     )
 
 
-def _depth(result: RunResult, *, wide: bool) -> Picture:
+def _depth(result: RunResult, layers: int) -> Picture:
     caption = (
         f"Mean KL({result.reference} ‖ {result.subject}) if the model ended behind this layer:"
         " final norm and head on the hidden states there, for some of the in-domain tokens. A step"
         " points at the layer that makes it."
     )
-    width = 2 * plots.WIDTH if wide else plots.WIDTH
+    width = plots.WIDTH * min(2.0, max(1.0, layers / FEW_LAYERS))
     svg = plots.picture("depth", 2.9, plots.depth(result), width)
-    return Picture(title="KL by layer depth", caption=caption, svg=Markup(svg), wide=wide)
+    return Picture(
+        title="KL by layer depth", caption=caption, svg=Markup(svg), wide=layers > FEW_LAYERS,
+        inches=width,
+    )  # fmt: skip
 
 
 def _maps(result: RunResult) -> list[Picture]:
     found = []
-    linears = [linear for layer in result.layers for linear in layer.linears]
-    if any(x.survival and x.survival.survival is not None for x in linears):
+    measured = [*linears(result)]
+    if any(x.survival and x.survival.survival is not None for x in measured):
         width, height, draw = plots.survival_map(result)
         caption = (
             "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
@@ -246,9 +277,12 @@ def _maps(result: RunResult) -> list[Picture]:
         )
         svg = Markup(plots.picture("survival", height, draw, width))
         found.append(
-            Picture(title="Adapter survival", caption=caption, svg=svg, wide=width > plots.WIDTH)
-        )
-    if any(x.survival and x.survival.error_ratio is not None for x in linears):
+            Picture(
+                title="Adapter survival", caption=caption, svg=svg, wide=width > plots.WIDTH,
+                inches=width,
+            )
+        )  # fmt: skip
+    if any(x.survival and x.survival.error_ratio is not None for x in measured):
         width, height, draw = plots.ratio_map(result)
         caption = (
             "The error that quantizing put into the base over the adapter's effect, on the"
@@ -259,10 +293,10 @@ def _maps(result: RunResult) -> list[Picture]:
         found.append(
             Picture(
                 title="Error of the base against adapter", caption=caption, svg=svg,
-                wide=width > plots.WIDTH,
+                wide=width > plots.WIDTH, inches=width,
             )
         )  # fmt: skip
-    if any(x.error is not None for x in linears):
+    if any(x.error is not None for x in measured):
         width, height, draw = plots.error_map(result)
         caption = (
             "Relative output error of each linear on the calibration text, over the median of the"
@@ -270,9 +304,43 @@ def _maps(result: RunResult) -> list[Picture]:
         )
         svg = Markup(plots.picture("error", height, draw, width))
         found.append(
-            Picture(title="Quantization error", caption=caption, svg=svg, wide=width > plots.WIDTH)
-        )
+            Picture(
+                title="Quantization error", caption=caption, svg=svg, wide=width > plots.WIDTH,
+                inches=width,
+            )
+        )  # fmt: skip
     return found
+
+
+def _linears(result: RunResult) -> Linears:
+    """The columns that some linear fills."""
+    found = [(linear.name, _told(linear)) for linear in linears(result)]
+    used = [title for title in _told(LinearResult(name="")) if any(row[title] for _, row in found)]
+    return Linears(
+        columns=[(title, title not in ("grid", "fallback")) for title in used],
+        rows=[(name, [row[title] for title in used]) for name, row in found],
+    )
+
+
+def _told(linear: LinearResult) -> dict[str, str]:
+    kept = linear.survival or Survival()
+    return {
+        "bits": _formatted(linear.bits, "d"),
+        "group": _formatted(linear.group_size, "d"),
+        "grid": linear.grid or "",
+        "error": _formatted(linear.error, ".2e"),
+        "survival": _formatted(kept.survival, ".3f"),
+        "noise": _formatted(kept.noise, ".3g"),
+        "update of a step": _formatted(kept.step_ratio, ".3g"),
+        "base's error / adapter's effect": _formatted(kept.error_ratio, ".3g"),
+        "codes changed": _formatted(kept.codes_changed, ".1%"),
+        "damping": _formatted(linear.damping, ".3g"),
+        "fallback": linear.fallback or "",
+    }
+
+
+def _formatted(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _worst(result: RunResult) -> list[Passage]:

@@ -9,6 +9,7 @@ from qmerge.report.words import (
     COLUMNS,
     STATISTICS,
     corpora,
+    doubts,
     duration,
     error_ratio_phrase,
     findings,
@@ -22,8 +23,11 @@ from qmerge.report.words import (
     rows,
     size,
     statistics,
+    strategy_told,
     survival_phrase,
     verdict,
+    warnings,
+    words,
 )
 from qmerge.results import RunResult
 
@@ -36,19 +40,25 @@ FIGURE = re.compile(
 
 def render(result: RunResult) -> str:
     """Verdict, tables, survival, layers, corpora, inputs, versions, times: the whole report."""
-    blocks = ["# qmerge report", _bold(verdict(result).sentence)]
+    blocks = ["# qmerge report", _bold(verdict(result).sentence), doubted(result)]
     blocks.append("\n".join(f"- {coded(line, result)}" for line in findings(result)))
     blocks.append(summary(result))
     blocks.append(escape(legend(result)).replace("\\`", "`"))
     blocks.append(_all_figures(result))
     blocks.append(_layers(result))
+    blocks.append(_words(result))
     blocks.append(_texts(result))
     blocks.append(_inputs(result))
     blocks.append(_costs(result))
-    if result.warnings:
-        lines = [f"- {coded(line, result)}" for line in result.warnings]
+    if warnings(result):
+        lines = [f"- {coded(line, result)}" for line in warnings(result)]
         blocks.append("\n".join(["## Warnings", "", *lines]))
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def doubted(result: RunResult) -> str:
+    """What stands against the verdict as a whole."""
+    return "\n\n".join(f"Warning: {escape(line)}" for line in doubts(result))
 
 
 def summary(result: RunResult) -> str:
@@ -66,8 +76,9 @@ def summary(result: RunResult) -> str:
     ratio = error_ratio_phrase(result)
     if ratio:
         blocks.append(f"Original: {escape(ratio)}.")
-    if result.strategy is not None:
-        blocks.append(f"Strategy: {escape(result.strategy.chosen)}, {escape(result.strategy.why)}")
+    strategy = strategy_told(result)
+    if strategy is not None:
+        blocks.append(f"Strategy: {escape(strategy.chosen)}, {escape(strategy.why)}")
     lines = [f"Gate: {line}" for line in gate_lines(result)]
     lines += [*previous_lines(result), *merge_lines(result)]
     if lines:
@@ -134,6 +145,13 @@ def _layers(result: RunResult) -> str:
     ]
     head = ["layer", "survival", "noise", "base's error / adapter's effect"]
     return "## Layers\n\n" + grid(head, body) if body else ""
+
+
+def _words(result: RunResult) -> str:
+    """What the tables and lines above mean by their words."""
+    found = words(result, linears=False)
+    lines = [f"- *{escape(word)}*: {escape(meaning)}" for word, meaning in found.items()]
+    return "## Words\n\n" + "\n".join(lines) if lines else ""
 
 
 def _short(value: float | None) -> str:

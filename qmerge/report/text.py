@@ -11,16 +11,20 @@ from qmerge.report.words import (
     Row,
     change_phrase,
     corpora,
+    doubts,
     error_ratio_phrase,
     findings,
     gate_lines,
     heading,
     merge_lines,
+    pressing,
     previous_lines,
     printable,
     rows,
+    strategy_told,
     survival_phrase,
     verdict,
+    warnings,
 )
 from qmerge.results import Comparison, RunResult
 
@@ -32,6 +36,7 @@ def render(result: RunResult) -> str:
     """Verdict, one table per corpus, survival, warnings; no colour, lines under 100 columns
     wherever names allow."""
     blocks = [_wrapped(verdict(result).sentence)]
+    blocks.append("\n".join(_wrapped(f"warning: {line}") for line in doubts(result)))
     options = [remedy.option for remedy in result.remedies]
     lines = findings(result)
     if lines:
@@ -40,8 +45,8 @@ def render(result: RunResult) -> str:
         title = heading(corpus, result.corpora.evaluation.get(corpus))
         blocks.append("\n".join([title, *table(rows(result, corpus))]))
     blocks.append("\n".join(_facts(result)))
-    if result.warnings:
-        blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in result.warnings))
+    others = [line for line in warnings(result) if line in pressing(result)]
+    blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in others))
     return printable("\n\n".join(block for block in blocks if block) + "\n")
 
 
@@ -74,8 +79,9 @@ def _facts(result: RunResult) -> list[str]:
     if ratio:
         facts.append(_wrapped(f"original: {ratio}"))
     facts.extend(_wrapped(line) for line in merge_lines(result))
-    if result.strategy is not None:
-        facts.append(_wrapped(f"strategy: {result.strategy.chosen}, {result.strategy.why}"))
+    strategy = strategy_told(result)
+    if strategy is not None:
+        facts.append(_wrapped(f"strategy: {strategy.chosen}, {strategy.why}"))
     facts.extend(_wrapped(f"gate: {line}") for line in gate_lines(result))
     facts.extend(_wrapped(line) for line in previous_lines(result))
     if result.release is not None:

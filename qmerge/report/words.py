@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from statistics import median
 
 from qmerge.results import (
+    DOUBT,
+    UNPROVEN,
     ArmScore,
     Change,
     CorpusRecord,
     Estimate,
     LinearResult,
     RunResult,
+    StrategyResult,
     Survival,
 )
 
-LABELS = {"quantized_base": "quantized base"}
 COLUMNS = ("perplexity", "change", "KL", "same top token")
 DASH = "–"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -142,7 +144,7 @@ def rows(result: RunResult, corpus: str) -> list[Row]:
         )
     floor = result.noise_floor.get(corpus)
     if floor is not None:
-        note = f"trained in 16 bits, {len(floor.window_nll)} windows"
+        note = f"{result.reference} in 16 bits, {len(floor.window_nll)} windows"
         cells = (Cell(word=DASH), *_cells(floor, is_reference=False)[1:])
         found.append(Row(arm="noise_floor", label="noise floor", cells=cells, note=note))
     return found
@@ -150,7 +152,7 @@ def rows(result: RunResult, corpus: str) -> list[Row]:
 
 LEGEND = {
     "original": "`original` is the 16-bit model that the base was quantized from",
-    "quantized_base": "`quantized base` the 4-bit base without adapter",
+    "quantized_base": "`quantized base` the base that training ran on, without adapter",
     "trained": "`trained` the base with the adapter live on top, as it was trained and validated",
     "dense": "`dense` the model that was quantized",
     "merged": "`merged` the merged model before it was quantized",
@@ -160,17 +162,75 @@ LEGEND = {
 }
 
 
+PLAIN_BASE = {"quantized_base": "`base` the base as it is stored, without adapter"}
+
+
+def _base_is_plain(result: RunResult) -> bool:
+    """Whether nothing quantized the base: it is dense, and no training in few bits is known."""
+    return "base" in result.inputs and result.inputs["base"].format == "dense"
+
+
 def legend(result: RunResult) -> str:
     """What the arms of the tables are, in a sentence; empty where they have names of their own."""
     if result.command == "evaluate":
         return ""
     present = {*result.arms, *(["noise_floor"] if result.noise_floor else [])}
     others = [arm for arm in present if arm not in LEGEND]
-    told = [text for arm, text in LEGEND.items() if arm in present]
+    known = LEGEND | (PLAIN_BASE if _base_is_plain(result) else {})
+    told = [text for arm, text in known.items() if arm in present]
     rest = (
         " Arms that name a strategy were merged in that way, and not published." if others else ""
     )
     return f"{', '.join(told)}.{rest}" if told else ""
+
+
+OTHER_STRATEGY = "merged (substitute), release (dequantize), …"
+WORDS = {
+    "±": "a standard error over windows; of a change, that of the differences window by window",
+    "change": "perplexity over that of the reference on the same windows, less one",
+    "KL": "the mean of KL(reference ‖ arm) over tokens, in nats",
+    "same top token": "share of tokens after which the arm and the reference hold the same one for"
+    " the likeliest",
+    "adapter's gain kept": "ln(base / release) / ln(base / trained), of perplexities",
+    OTHER_STRATEGY: "what the strategy that was not published came"
+    " to: substitute merges onto the original, dequantize onto the decoded base",
+    "survival": "share of the change that merging made to a linear's output which the release still"
+    " has, along that change: ⟨E, D⟩ / ⟨D, D⟩ over the calibration text, for the merged weight D"
+    " and the released one E, both less the weight before the merge; 1 is whole, 0 erased; of"
+    " several linears, products are summed first",
+    "noise": "how far what the release has is from that change, in power over the change's own:"
+    " ‖E − D‖² / ‖D‖²",
+    "update of a step": "root mean square of D over the release's mean quantization step",
+    "codes changed": "share of the release's codes that differ from the base's, where the base has"
+    " such codes and the adapter changed the linear",
+    "base's error / adapter's effect": "‖W − B‖ / ‖D‖ in a linear's output, for the original's"
+    " weight W and the base's B",
+    "error": "‖M − Q‖² / ‖M‖² in a linear's output, for the weight M that was to be quantized and"
+    " the released one Q",
+    "grid": "steps and zero points: fresh ones, or anchored, the base's own, by share of rows",
+    "damping": "what was added to the Hessian's diagonal, as a share of its mean",
+}
+"""What tables and lines call things, for those who did not write them."""
+OF_LINEARS = ("error", "grid", "damping")
+
+
+def words(result: RunResult, *, linears: bool) -> dict[str, str]:
+    """Those that a report of this result has; of `linears` where it lists them."""
+    names = corpora(result)
+    kept = result.survival or Survival()
+    known = {
+        "±": bool(names),
+        **dict.fromkeys(("change", "KL", "same top token"), result.reference is not None),
+        "adapter's gain kept": bool(names) and gain_kept(result, names[0]) is not None,
+        OTHER_STRATEGY: result.strategy is not None and len(result.strategy.candidates) > 1,
+        "survival": kept.survival is not None,
+        "noise": kept.noise is not None,
+        "update of a step": kept.step_ratio is not None,
+        "codes changed": kept.codes_changed is not None,
+        "base's error / adapter's effect": kept.error_ratio is not None,
+        **dict.fromkeys(OF_LINEARS, linears),
+    }
+    return {word: meaning for word, meaning in WORDS.items() if known[word]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +283,11 @@ def label(result: RunResult, arm: str) -> str:
         return f"{arm} (reference)"
     head, _, tail = arm.partition("_")
     strategies = [found.strategy for found in result.strategy.candidates] if result.strategy else []
-    return f"{head} ({tail})" if tail in strategies else LABELS.get(arm, arm)
+    if tail in strategies:
+        return f"{head} ({tail})"
+    if arm == "quantized_base":
+        return "base" if _base_is_plain(result) else "quantized base"
+    return arm
 
 
 def _cells(score: ArmScore, *, is_reference: bool) -> tuple[Cell, ...]:
@@ -401,6 +465,11 @@ def error_ratio_phrase(result: RunResult) -> str:
     return f"the base's quantization error is {whole:.3g} of the adapter's effect{span}"
 
 
+def strategy_told(result: RunResult) -> StrategyResult | None:
+    """What was merged onto and why; None where nothing was merged."""
+    return None if result.command == "quantize" else result.strategy
+
+
 def merge_lines(result: RunResult) -> list[str]:
     """How near the merge came to the live adapter, and what was not merged."""
     lines = []
@@ -492,6 +561,21 @@ def findings(result: RunResult) -> list[str]:
             f"({count}: survival at least {remedy.survival:.3f}, {cost})."
         )
     return lines
+
+
+def doubts(result: RunResult) -> list[str]:
+    """Warnings that are about the reference itself, for right below the verdict."""
+    return [line for line in result.warnings if DOUBT in line]
+
+
+def warnings(result: RunResult) -> list[str]:
+    """All others."""
+    return [line for line in result.warnings if DOUBT not in line]
+
+
+def pressing(result: RunResult) -> list[str]:
+    """Warnings but those that need not be told at the end of a run too."""
+    return [line for line in result.warnings if UNPROVEN not in line]
 
 
 def pieces_of(text: str, options: Iterable[str]) -> list[tuple[str, bool]]:

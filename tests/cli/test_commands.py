@@ -117,6 +117,20 @@ def test_quantize(calls: Calls) -> None:
     assert calls.recipe == Recipe(base=Path("dense"), out=Path("o"), bits=3)
 
 
+def test_a_recipe_may_say_that_there_is_no_adapter(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    asked = Recipe(base=Path("dense"), out=Path("o"))
+    file.write_text(asked.to_yaml())
+    assert cli.status(["run", str(file)]) == 0
+    assert calls.recipe == asked
+    capsys.readouterr()
+    file.write_text("base: dense\nout: o\n")
+    assert cli.status(["run", str(file)]) == 2
+    assert capsys.readouterr().err.startswith("error: missing: --adapter")
+
+
 def test_limits_are_kept_against_another_checkpoint() -> None:
     asked = EvaluateRecipe(models=("b", "a"), reference="b", max_kl=0.1)
     assert asked.faults() == ()

@@ -46,6 +46,17 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     assert "holds no qmerge_report.json\nhint: " in done.stderr
 
 
+def test_libraries_say_nothing_while_they_are_imported(
+    tiny_gptq: Path, tiny_adapter: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "qmerge", "plan", "--base", str(tiny_gptq)]
+    words += ["--adapter", str(tiny_adapter), "--out", str(tmp_path / "release")]
+    words += ["--eval", str(eval_text), "--eval-windows", "2", "--sequence-length", "64"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert "reads " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "error", "hint"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html
 import json
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qmerge.report import render
-from qmerge.results import RunResult
+from qmerge.results import Piece, RunResult
 from tests.samples import ODD, finished, without_adapter_figures
 
 BROWSER = (
@@ -32,7 +33,15 @@ def page(*, odd: bool = False) -> str:
 
 @functools.cache
 def drawn(odd: bool) -> str:
-    return render(finished(damage=0.3, odd=odd), "html")
+    return render(spaced(finished(damage=0.3, odd=odd)), "html")
+
+
+def spaced(result: RunResult) -> RunResult:
+    """With a passage that holds one long token of spaces, as code has them."""
+    name, found = next(iter(result.worst.items()))
+    piece = Piece(text=" " * 200, kl=5.0, nll_change=1.0)
+    first = dataclasses.replace(found[0], pieces=(piece, *found[0].pieces))
+    return dataclasses.replace(result, worst={**result.worst, name: (first, *found[1:])})
 
 
 class Reader(HTMLParser):
@@ -128,6 +137,45 @@ def test_one_result_is_always_the_same_page() -> None:
     assert render(result, "html") == render(result, "html")
 
 
+def test_the_table_of_linears_has_the_columns_that_are_filled() -> None:
+    result = finished()
+    heads = re.findall(r"<th.*?>(.*?)</th>", linears_of(result))
+    assert {"error", "survival", "codes changed", "fallback"} <= set(heads)
+    bare = [
+        dataclasses.replace(
+            layer,
+            linears=tuple(
+                dataclasses.replace(linear, survival=None, fallback=None)
+                for linear in layer.linears
+            ),
+        )
+        for layer in result.layers
+    ]
+    table = linears_of(dataclasses.replace(result, layers=tuple(bare)))
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", table.partition("</thead>")[0])
+    assert heads == ["linear", "bits", "group", "grid", "error", "damping"]
+    assert re.search(r'<td class="figure">\d\.\d\de[+-]\d\d</td>', table)
+
+
+def linears_of(result: RunResult) -> str:
+    found = re.search(
+        r'<table class="plain linears">.*?</table>', render(result, "html"), re.DOTALL
+    )
+    assert found
+    return found[0]
+
+
+@pytest.mark.parametrize(("layers", "least"), [(4, "0"), (12, "0"), (18, "510px"), (28, "680px")])
+def test_a_plot_by_depth_is_as_wide_as_its_layers_need(layers: int, least: str) -> None:
+    result = finished()
+    few = [dataclasses.replace(layer, linears=()) for layer in result.layers]
+    many = tuple(few[number % len(few)] for number in range(layers))
+    text = render(dataclasses.replace(result, layers=many), "html")
+    shown = re.search(r'style="--least: (\w+)" role="img" aria-label="KL by layer depth"', text)
+    assert shown
+    assert shown[1] == least
+
+
 def test_an_empty_result_is_a_page_too() -> None:
     assert "Nothing was scored." in render(RunResult(qmerge_version="0"), "html")
 
@@ -164,6 +212,11 @@ document.querySelector('iframe').onload = (event) => {{
     hidden: [...found.querySelectorAll('.arms thead')].map((x) => style(x).position),
     tallest: Math.max(...[...found.querySelectorAll('svg')].map((x) => x.clientHeight)),
     least: Math.min(...[...found.querySelectorAll('.plot svg')].map((x) => x.clientHeight)),
+    cut: [...found.querySelectorAll('.plot')].filter((x) => x.scrollWidth > x.clientWidth).length,
+    spill: Math.max(...[...found.querySelectorAll('mark')].map(
+      (x) => x.getBoundingClientRect().right - x.closest('p').getBoundingClientRect().right)),
+    broken: [...found.querySelectorAll('.linears td.figure')].filter(
+      (x) => style(x).whiteSpace !== 'nowrap').length,
   }});
 }};
 </script>"""
@@ -187,6 +240,9 @@ def test_in_a_browser(tmp_path: Path, width: int, dark: bool) -> None:
     assert set(found["hidden"]) == ({"absolute"} if width < 760 else {"static"})
     assert found["least"] > 100
     assert found["tallest"] < 700
+    assert found["cut"] == 0, "a plot of four layers needs no scrolling"
+    assert found["spill"] <= 0, "a marked token paints beyond its passage"
+    assert found["broken"] == 0
 
 
 def browse(probe: Path, *, dark: bool) -> Any:

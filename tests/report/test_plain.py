@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report import FORMATS, render, render_card, render_comparison
-from qmerge.results import InputRecord, RunResult
-from tests.samples import ODD, finished, without_adapter_figures
+from qmerge.report.checks import of_result
+from qmerge.results import UNPROVEN, InputRecord, RunResult
+from tests.samples import ODD, finished, quantized, without_adapter_figures
 
 
 def gated(**options: bool) -> RunResult:
@@ -187,6 +188,47 @@ def test_the_card_says_where_vllm_will_not_load_it(details: dict[str, object], r
     card = render_card(dataclasses.replace(finished(), release=release), name="x")
     assert "vllm serve" in card
     assert "compressed-tensors" in card
+
+
+def test_nothing_is_said_to_be_merged_where_nothing_was() -> None:
+    card = render_card(quantized(), name="plays-int4")
+    assert "`org/base-4bit`, quantized with GPTQ to 4-bit weights" in card
+    assert "dense in 16 bits" in card
+    assert "qlora" not in card
+    for text in (card, *(render(quantized(), form) for form in ("text", "md", "html"))):
+        body = re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+        assert not re.search(r"merged|\btrained|adapter|strategy|dequantize", body, re.IGNORECASE)
+
+
+def test_a_name_that_proves_nothing_is_told_once() -> None:
+    """On stderr when the run begins; what it writes has it too, what ends it has not."""
+    note = f"adapter_config.json names the base org/X, and the folder is called y: {UNPROVEN}"
+    result = dataclasses.replace(finished(), warnings=(note, "another"))
+    assert "org/X" not in render(result, "text")
+    assert "warning: another" in render(result, "text")
+    assert of_result(result).warnings == ("another",)
+    for form in ("md", "html", "json"):
+        assert "org/X" in render(result, form)
+
+
+def test_the_base_is_the_folder_that_was_used() -> None:
+    """An adapter may name another: its word stands as its word."""
+    result = finished()
+    base = dataclasses.replace(result.inputs["base"], path="models/folder-used", model=None)
+    adapter = dataclasses.replace(result.inputs["adapter"], details={"base": "org/named"})
+    result = dataclasses.replace(result, inputs={"base": base, "adapter": adapter})
+    page = render(result, "html")
+    assert '<p class="origin">folder-used + adapter · dequantize' in page
+    card = render_card(result)
+    assert "`folder-used` with the adapter `adapter` (which names `org/named` as its base)" in card
+    assert yaml.safe_load(card.split("---\n", 2)[1])["base_model"] == "org/named"
+
+
+def test_the_card_gives_no_command_that_cannot_work() -> None:
+    """qmerge is on no package index."""
+    card = render_card(finished(), name="x")
+    assert "Made with qmerge 0.1.0." in card
+    assert "pip install qmerge" not in card
 
 
 def test_the_card_opens_a_release_with_what_reads_it() -> None:

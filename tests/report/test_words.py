@@ -3,13 +3,20 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
+from pathlib import Path
 
 import pytest
+import torch
 
+from qmerge.formats.base import FormatSummary
 from qmerge.measure import Limits, check_limits
-from qmerge.report import render
+from qmerge.report import render, render_card
+from qmerge.report.checks import of_result
 from qmerge.report.words import (
+    OF_LINEARS,
+    OTHER_STRATEGY,
     STATISTICS,
+    WORDS,
     change_cell,
     duration,
     findings,
@@ -21,9 +28,13 @@ from qmerge.report.words import (
     statistics,
     verdict,
     weakest,
+    words,
 )
 from qmerge.results import ArmScore, Change, Remedy, RunResult, Survival
-from tests.samples import finished, without_adapter_figures
+from qmerge.training import decide
+from tests.samples import finished, quantized, without_adapter_figures
+
+DENSE = FormatSummary(method="none", checkpoint_format="bfloat16", dtype=torch.bfloat16)
 
 
 def with_release(result: RunResult, **changes: object) -> RunResult:
@@ -123,6 +134,53 @@ def test_rows_say_what_merged_must_be() -> None:
     notes = {row.arm: row.note for row in rows(dataclasses.replace(result, arms=wrong), "plays")}
     assert notes["merged"] == "differs from trained"
     assert list(notes)[-1] == "noise_floor"
+
+
+def test_a_dense_base_is_not_called_quantized() -> None:
+    result = finished()
+    assert "`quantized base` the base that training ran on" in legend(result)
+    base = dataclasses.replace(result.inputs["base"], format="dense")
+    plain = dataclasses.replace(result, inputs={**result.inputs, "base": base})
+    assert "`base` the base as it is stored, without adapter" in legend(plain)
+    for form in ("text", "md", "html"):
+        assert "quantized base" in render(result, form)
+        assert "quantized base" not in render(plain, form)
+    simulated = dataclasses.replace(base, format="nf4 simulated, block 64")
+    quantized = dataclasses.replace(result, inputs={**result.inputs, "base": simulated})
+    assert legend(quantized) == legend(result)
+
+
+def test_a_doubt_about_the_reference_stands_right_below_the_verdict() -> None:
+    (doubt,) = decide(None, DENSE, (Path("adapter"),)).notes
+    result = dataclasses.replace(finished(), warnings=(*finished().warnings, doubt))
+    for form in ("text", "md", "html"):
+        text = " ".join(html.unescape(render(result, form)).split())
+        told = text.index(verdict(result).sentence)
+        assert told < text.index("this is not what you trained") < text.index("Would help")
+        assert text.count("this is not what you trained") == 1
+        assert text.index("this is not what you trained") < text.index("calibration and plays")
+    assert "this is not the model that was trained" in render_card(result)
+    assert "this is not what you trained" in of_result(result).markdown
+
+
+def test_the_words_are_told_where_they_are_used() -> None:
+    result = finished()
+    told = words(result, linears=False)
+    assert {"±", "KL", "noise", "update of a step", "codes changed"} <= told.keys()
+    assert OTHER_STRATEGY not in told  # there was one strategy
+    assert "error" not in told
+    assert words(result, linears=True).keys() - told.keys() == set(OF_LINEARS)
+    assert words(quantized(), linears=False).keys() == {"±", "change", "KL", "same top token"}
+    for form in ("md", "html"):
+        text = " ".join(html.unescape(render(result, form)).split())
+        assert all(meaning in text for meaning in told.values())
+
+
+def test_the_words_are_the_readme_s() -> None:
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    text = " ".join(readme.read_text(encoding="utf-8").split())
+    for word, meaning in WORDS.items():
+        assert f"- **{word}**: {meaning}" in text
 
 
 def test_the_layer_that_hurts_is_pointed_at() -> None:
