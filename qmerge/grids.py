@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qmerge.errors import Fault
+from qmerge.formats.gptq import SERVED_AS
 from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
@@ -16,6 +17,10 @@ from qmerge.names import join, matches, module_of
 from qmerge.recipe import Recipe
 
 SERVED_GROUPS = (-1, 32, 64, 128)
+MIXED = (
+    "left in 16 bits beside linears that read the same input and are quantized: {}; a server that"
+    " fuses them with those cannot load this release"
+)
 GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """Names that gptqmodel 7.6 finds packed experts by; Mixtral's on disk are others."""
 
@@ -61,9 +66,12 @@ def grids(
 
 
 def torn(
-    skeleton: Skeleton, specs: Mapping[str, GridSpec], siblings: frozenset[tuple[str, ...]]
+    skeleton: Skeleton,
+    specs: Mapping[str, GridSpec],
+    siblings: frozenset[tuple[str, ...]],
+    targets: frozenset[str],
 ) -> list[Fault]:
-    """Linears that servers fuse, with different grids."""
+    """Linears that servers fuse, with different grids. What is no target, no override made so."""
     faults = []
     for index in range(skeleton.layer_count):
         path = skeleton.layer_path(index)
@@ -76,11 +84,11 @@ def torn(
                     hint="let the pattern fit all of them or none",
                 )
                 for names in fused
-                if len({specs.get(name) for name in names}) > 1
+                if len({specs.get(name) for name in names if name in targets}) > 1
             ]
     for path, block in blocks_of(skeleton.model):
-        used = {specs.get(join(path, module_of(name))) for name, _ in block.named_parameters()}
-        if len(used) > 1:
+        experts = {join(path, module_of(name)) for name, _ in block.named_parameters()}
+        if len({specs.get(name) for name in experts & targets}) > 1:
             faults.append(
                 Fault(
                     where="--override",
@@ -91,12 +99,28 @@ def torn(
     return faults
 
 
+def beside(
+    skeleton: Skeleton, targets: frozenset[str], siblings: frozenset[tuple[str, ...]]
+) -> list[str]:
+    """What is no target, and is fused by servers with linears that are; said once."""
+    found: dict[tuple[str, ...], None] = {}
+    for index in range(skeleton.layer_count):
+        path = skeleton.layer_path(index)
+        for group in sorted(siblings):
+            for names in _fused([join(path, name) for name in group]):
+                dense = [name.rpartition(".")[2] for name in names if name not in targets]
+                if 0 < len(dense) < len(names):
+                    found[tuple(dense)] = None
+    return [MIXED.format(" and ".join(names)) for names in found]
+
+
 def _fused(group: list[str]) -> list[list[str]]:
-    """Siblings of one module."""
-    parents: dict[str, list[str]] = {}
+    """Siblings of one module; where it is known what vLLM makes of them, those of one such."""
+    fused: dict[tuple[str, str | None], list[str]] = {}
     for name in group:
-        parents.setdefault(module_of(name), []).append(name)
-    return list(parents.values())
+        parent, _, own = name.rpartition(".")
+        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
+    return list(fused.values())
 
 
 def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:
