@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
+from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
-from qmerge.grids import beside, grids, torn
+from qmerge.grids import beside, grids, opened_by, serving_notes, torn
 from qmerge.job import Faults
 from qmerge.model.skeleton import Skeleton, build_skeleton
 from qmerge.recipe import Recipe
@@ -75,3 +78,37 @@ def test_what_reads_the_same_and_is_served_apart_may_differ(skeleton: Skeleton) 
     assert not beside(skeleton, names(LINEAR, "_a", "_b"), siblings)
     del specs["model.layers.0.linear_attn.in_proj_z"]
     assert len(torn(skeleton, specs, siblings, targets)) == 1
+
+
+GPT = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+ODD: dict[str, dict[str, Any]] = {
+    "GPT2": GPT,  # linears that lie as [I, O]
+    "GPTBigCode": GPT,  # begins by filling `c_proj.weight`
+    "Falcon": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("form", "program"), [("gptq", "gptqmodel"), ("compressed-tensors", "vLLM")]
+)
+def test_linears_that_transformers_has_no_packed_ones_for(
+    name: str, form: OutputFormat, program: str
+) -> None:
+    odd = build_skeleton(getattr(transformers, f"{name}Config")(**ODD[name], vocab_size=64))
+    specs = dict.fromkeys(odd.linears(), SPEC)
+    (note,) = serving_notes(form, odd, specs)
+    assert "transformers does not open packed linears of this model" in note
+    assert f"open this one with {program}" in note
+    assert opened_by(form, odd, specs) == program
+    assert ("--format gptq" in note) is (form == "compressed-tensors")
+    assert "--format compressed-tensors" not in note
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_a_plain_release_is_opened_by_transformers(form: OutputFormat, skeleton: Skeleton) -> None:
+    specs = dict.fromkeys(skeleton.linears(), SPEC)
+    assert not serving_notes(form, skeleton, specs)
+    assert opened_by(form, skeleton, specs) == "transformers"
+    specs[skeleton.head()] = SPEC
+    assert opened_by("gptq", skeleton, specs) == "gptqmodel"
