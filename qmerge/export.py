@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -24,7 +24,7 @@ from qmerge.formats.stacked import Stack
 from qmerge.heap import give_back
 from qmerge.job import Faults
 from qmerge.job import partial as partial_folder
-from qmerge.model.opening import open_model
+from qmerge.model.opening import fused_only, open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights, model_dtype
@@ -119,9 +119,11 @@ def _open(recipe: Recipe) -> _Source:
         raise PlanError(faults.found)
     if tuning:
         notes += tuning_notes(tuning, recipe.base)
+    weights = shape.fit(weights)
+    stacks = {**weights.stacks, **fused_only(shape.skeleton, weights)}
     return _Source(
         skeleton=shape.skeleton,
-        weights=shape.fit(weights),
+        weights=replace(weights, stacks=stacks),
         change=tuning.change if tuning else None,
         tokenizer=home,
         notes=tuple(notes),
@@ -251,9 +253,10 @@ def _held(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 def _shapes(
     weights: Weights, stored: Mapping[str, str], stacks: Mapping[str, Stack], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """What a unit is written as, on the meta device; experts that were fused are so again."""
+    """What a unit is written as, on the meta device; experts of a stack are one tensor."""
     inside = {name for stack in stacks.values() for names in stack.experts for name in names}
-    shapes = {own: weights.checkpoint.tensors[own].shape for own in stacks}
+    widths = {own: weights.shape(stored[stack.experts[0][0]])[1] for own, stack in stacks.items()}
+    shapes = {own: stack.shape(widths[own]) for own, stack in stacks.items()}
     meta = {own: torch.empty(shape, dtype=dtype, device="meta") for own, shape in shapes.items()}
     for own in stored.keys() - inside:
         name = stored[own]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from qmerge.errors import Fault
+from qmerge.formats.gptq import SERVED_AS
 from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
 from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton
-from qmerge.names import join, matches, module_of
+from qmerge.names import WEIGHT, join, matches, module_of
 from qmerge.recipe import Recipe
 
 SERVED_GROUPS = (-1, 32, 64, 128)
+MIXED = (
+    "left in 16 bits beside linears that read the same input and are quantized: {}; a server that"
+    " fuses them with those cannot load this release"
+)
+RANDOM = "transformers leaves the experts of a {} release random"
 GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """Names that gptqmodel 7.6 finds packed experts by; Mixtral's on disk are others."""
 
@@ -61,9 +70,12 @@ def grids(
 
 
 def torn(
-    skeleton: Skeleton, specs: Mapping[str, GridSpec], siblings: frozenset[tuple[str, ...]]
+    skeleton: Skeleton,
+    specs: Mapping[str, GridSpec],
+    siblings: frozenset[tuple[str, ...]],
+    targets: frozenset[str],
 ) -> list[Fault]:
-    """Linears that servers fuse, with different grids."""
+    """Linears that servers fuse, with different grids. What is no target, no override made so."""
     faults = []
     for index in range(skeleton.layer_count):
         path = skeleton.layer_path(index)
@@ -76,11 +88,11 @@ def torn(
                     hint="let the pattern fit all of them or none",
                 )
                 for names in fused
-                if len({specs.get(name) for name in names}) > 1
+                if len({specs.get(name) for name in names if name in targets}) > 1
             ]
     for path, block in blocks_of(skeleton.model):
-        used = {specs.get(join(path, module_of(name))) for name, _ in block.named_parameters()}
-        if len(used) > 1:
+        experts = {join(path, module_of(name)) for name, _ in block.named_parameters()}
+        if len({specs.get(name) for name in experts & targets}) > 1:
             faults.append(
                 Fault(
                     where="--override",
@@ -91,12 +103,28 @@ def torn(
     return faults
 
 
+def beside(
+    skeleton: Skeleton, targets: frozenset[str], siblings: frozenset[tuple[str, ...]]
+) -> list[str]:
+    """What is no target, and is fused by servers with linears that are; said once."""
+    found: dict[tuple[str, ...], None] = {}
+    for index in range(skeleton.layer_count):
+        path = skeleton.layer_path(index)
+        for group in sorted(siblings):
+            for names in _fused([join(path, name) for name in group]):
+                dense = [name.rpartition(".")[2] for name in names if name not in targets]
+                if 0 < len(dense) < len(names):
+                    found[tuple(dense)] = None
+    return [MIXED.format(" and ".join(names)) for names in found]
+
+
 def _fused(group: list[str]) -> list[list[str]]:
-    """Siblings of one module."""
-    parents: dict[str, list[str]] = {}
+    """Siblings of one module; where it is known what vLLM makes of them, those of one such."""
+    fused: dict[tuple[str, str | None], list[str]] = {}
     for name in group:
-        parents.setdefault(module_of(name), []).append(name)
-    return list(parents.values())
+        parent, _, own = name.rpartition(".")
+        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
+    return list(fused.values())
 
 
 def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:
@@ -133,29 +161,100 @@ def _fitting_group(linears: dict[str, Any], targets: Iterable[str]) -> int:
     return next((g for g in groups if all(linears[n].in_features % g == 0 for n in targets)), -1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shut:
+    """Why transformers does not open a release, what does, and what to write instead of it."""
+
+    why: str
+    programs: tuple[str, ...] = ("gptqmodel", "vLLM")
+    instead: OutputFormat | None = "compressed-tensors"
+
+
 def serving_notes(
     form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]
 ) -> list[str]:
-    """What loaders make of a release whose linears differ, or are experts, or the head."""
+    """What transformers makes of a release whose linears differ, or are experts, the head, or of a
+    kind of their own; and what opens it."""
+    found = _shut(form, skeleton, specs)
+    programs = " or ".join(_programs(found))
+    hopeless = any(each.instead is None for each in found)
+    return [
+        f"{each.why}: open this one with {programs}"
+        + ("" if hopeless else f", or write it with --format {each.instead}")
+        for each in found
+    ]
+
+
+def opened_by(form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> str:
+    """The first of transformers, gptqmodel and vLLM that opens a release as it is."""
+    found = _shut(form, skeleton, specs)
+    return _programs(found)[0] if found else "transformers"
+
+
+def _programs(found: Sequence[Shut]) -> tuple[str, ...]:
+    """What opens a release whatever was found; vLLM always does."""
+    return tuple(p for p in Shut.programs if all(p in each.programs for each in found))
+
+
+def _shut(form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Shut]:
+    """Everything for which transformers does not open a release."""
+    parts = [(module_of(part), each.borrowed) for each in skeleton.fusions for part in each.parts]
+    packed = {name: borrowed for name, borrowed in parts if name in specs}
+    found: list[Shut] = []
+    odd = f"transformers does not open packed linears of this model in a {form} release"
     if form == "compressed-tensors":
-        return []
-    notes = []
+        if any(packed.values()):
+            found.append(Shut(why=RANDOM.format(form), programs=("vLLM",), instead=None))
+        if _is_odd(form, skeleton, specs):
+            found.append(Shut(why=odd, programs=("vLLM",), instead="gptq"))
+        return found
     if skeleton.head() in specs:
-        notes.append(
-            f"transformers has no place for a packed {skeleton.head()} in a {form} release: open"
-            " this one with gptqmodel or vLLM, or write it with --format compressed-tensors"
-        )
+        head = f"transformers has no place for a packed {skeleton.head()} in a {form} release"
+        found.append(Shut(why=head))
     elif len(set(specs.values())) > 1:
-        notes.append(
-            f"transformers gives all linears of a {form} release the same bits and groups: open"
-            " this one with gptqmodel or vLLM, or write it with --format compressed-tensors"
-        )
-    parts = [module_of(part) for fusion in skeleton.fusions for part in fusion.parts]
-    packed = [part for part in parts if part in specs]
+        alike = f"transformers gives all linears of a {form} release the same bits and groups"
+        found.append(Shut(why=alike))
     if packed:
-        known = all(part.endswith(GPTQMODEL_EXPERTS) for part in packed)
-        notes.append(
-            f"transformers leaves the experts of a {form} release random: open this one with"
-            f" {'gptqmodel or ' if known else ''}vLLM, or write it with --format compressed-tensors"
-        )
-    return notes
+        known = all(name.endswith(GPTQMODEL_EXPERTS) for name in packed)
+        programs = Shut.programs if known else ("vLLM",)
+        instead: OutputFormat | None = None if any(packed.values()) else "compressed-tensors"
+        found.append(Shut(why=RANDOM.format(form), programs=programs, instead=instead))
+    if _is_odd(form, skeleton, specs):
+        found.append(Shut(why=odd, instead=None))
+    return found
+
+
+def _is_odd(form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> bool:
+    """Whether linears are of a class of their own, which transformers packs none of, or it fills
+    weights of theirs by name where it opens the model, of which packed ones have none."""
+    linears = skeleton.quantizable()
+    if any(
+        name + WEIGHT in skeleton.turned or type(linears[name]) is not nn.Linear for name in specs
+    ):
+        return True
+    kinds: dict[tuple[type, ...], int] = {}
+    for index in range(skeleton.layer_count):
+        layer = skeleton.model.get_submodule(skeleton.layer_path(index))
+        kinds.setdefault(tuple(type(module) for module in layer.modules()), index)
+    return any(_misses(form, skeleton, specs, index) for index in kinds.values())
+
+
+def _misses(
+    form: OutputFormat, skeleton: Skeleton, specs: Mapping[str, GridSpec], index: int
+) -> bool:
+    """Whether what transformers fills in one layer is looked for in a packed linear."""
+    layer, path = skeleton.layer(index), skeleton.layer_path(index)
+    for name, module in [*layer.named_modules()]:
+        if join(path, name) in specs and form == "compressed-tensors":
+            del module.weight  # it stays a linear
+        elif join(path, name) in specs:
+            layer.set_submodule(name, nn.Module())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for module in layer.modules():
+                skeleton.model._init_weights(module)
+    except AttributeError as error:
+        return error.name == "weight"
+    except Exception:  # of what cannot be done without values: that is no packed linear's
+        return False
+    return False

@@ -13,6 +13,7 @@ import torch
 from qmerge import __version__
 from qmerge.corpus import overlap
 from qmerge.errors import ModelError
+from qmerge.grids import opened_by
 from qmerge.job import Job
 from qmerge.measure import (
     check_limits,
@@ -25,6 +26,7 @@ from qmerge.measure import (
 )
 from qmerge.measure.remedy import pooled, survival_warning
 from qmerge.meter import Meter
+from qmerge.model.skeleton import auto_class
 from qmerge.names import WEIGHT, module_of
 from qmerge.options import options
 from qmerge.plan import make_plan
@@ -423,6 +425,8 @@ def _publish(walk: Walk, result: RunResult, chosen: str, asked: str) -> RunResul
             "format": job.settings.format,
             "quant_method": settings["quant_method"],
             "tokenizer": str(job.tokenizer_folder),
+            "auto_class": auto_class(job.skeleton.model.config).__name__,
+            "opened_by": opened_by(job.settings.format, job.skeleton, job.specs),
         },
     )
     finished = write_papers(job, folder, replace(result, release=release))

@@ -19,7 +19,7 @@ from qmerge.estimate import room_faults, summarize, waiting_bytes, walking_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
-from qmerge.grids import SERVED_GROUPS, grids, misfits, serving_notes, torn
+from qmerge.grids import SERVED_GROUPS, beside, grids, misfits, serving_notes, torn
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.machine import existing
@@ -128,7 +128,8 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
             tied = head + WEIGHT in skeleton.tied()
             specs = grids(recipe, targets, settings.spec, faults, head=head, tied=tied)
             faults.found += misfits(skeleton, specs)
-            faults.found += torn(skeleton, specs, siblings)
+            faults.found += torn(skeleton, specs, siblings, targets)
+            notes += beside(skeleton, targets, siblings)
             notes += serving_notes(settings.format, skeleton, specs)
         texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes, scored=scored)
     if faults.found or not (skeleton and base and loaded and settings and texts):

@@ -55,6 +55,10 @@ SERVED_AS = {
     "up_proj": "gate_up_proj",
     "q_a_proj": "fused_qkv_a_proj",
     "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+    "in_proj_qkv": "in_proj_qkvz",
+    "in_proj_z": "in_proj_qkvz",
+    "in_proj_b": "in_proj_ba",
+    "in_proj_a": "in_proj_ba",
 }
 """What vLLM looks for in `dynamic` where it runs several linears as one."""
 EXPERT = re.compile(r"(.+\.experts)(\.\d+\.\w+)?")

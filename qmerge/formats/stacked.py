@@ -28,6 +28,11 @@ class Stack:
     """Of each such weight."""
     turned: bool
 
+    def shape(self, width: int) -> tuple[int, int, int]:
+        """Of the tensor, by the in features I."""
+        experts, rows = len(self.experts), sum(self.rows)
+        return (experts, width, rows) if self.turned else (experts, rows, width)
+
     def pieces(self, weight: Callable[[str], Tensor]) -> Iterator[Tensor]:
         """The tensor of its weights [O, I], one expert after the other."""
         for names in self.experts:

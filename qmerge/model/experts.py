@@ -49,6 +49,9 @@ class Fusion:
     shapes: tuple[tuple[int, ...], ...]
     converter: Any
     model: Any
+    borrowed: bool = False
+    """Whether the parts have names that transformers knows of another model type alone: it opens
+    this one fused only."""
 
     def fuse(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The fused parameter of all its parts."""
@@ -76,14 +79,19 @@ def find_fusions(model: Any) -> tuple[Fusion, ...]:
     )
     from transformers.core_model_loading import WeightConverter
 
-    mapping = get_model_conversion_mapping(model, add_legacy=False)
-    mapping += get_checkpoint_conversion_mapping(NAMED_AFTER) or []
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = get_model_conversion_mapping(model, add_legacy=False)
+    others = get_checkpoint_conversion_mapping(NAMED_AFTER) or []
+    converters = [
+        (entry, borrowed)
+        for mapping, borrowed in ((own, False), (others, True))
+        for entry in mapping
+        if isinstance(entry, WeightConverter)
+    ]
     found: list[Fusion] = []
     for path, module in model.named_modules():
         if _is_fused(module):
-            own = [_fusion(model, path, name, converters) for name in module._parameters]
-            found += [fusion for fusion in own if fusion is not None and None not in own]
+            block = [_fusion(model, path, name, converters) for name in module._parameters]
+            found += [fusion for fusion in block if fusion is not None and None not in block]
     return tuple(found)
 
 
@@ -98,10 +106,12 @@ def _inward(module: nn.Module) -> str:
     return INWARD[0] if getattr(module, "has_gate", True) else INWARD[1]
 
 
-def _fusion(model: Any, path: str, name: str, converters: Iterable[Any]) -> Fusion | None:
+def _fusion(
+    model: Any, path: str, name: str, converters: Iterable[tuple[Any, bool]]
+) -> Fusion | None:
     parameter = join(path, name)
     fused = model.get_parameter(parameter)
-    for converter in converters:
+    for converter, borrowed in converters:
         parts = _take_apart(converter, parameter, fused, model)
         inside = [PART.fullmatch(under(part, path) or "") for part in parts]
         if parts and all(inside) and all(part.dim() == 2 for part in parts.values()):
@@ -111,6 +121,7 @@ def _fusion(model: Any, path: str, name: str, converters: Iterable[Any]) -> Fusi
                 shapes=tuple(tuple(part.shape) for part in parts.values()),
                 converter=converter,
                 model=model,
+                borrowed=borrowed,
             )
     return None
 

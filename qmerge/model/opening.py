@@ -167,6 +167,21 @@ def _stack(skeleton: Skeleton, fusion: Fusion, source: str, shape: tuple[int, ..
     )
 
 
+def fused_only(skeleton: Skeleton, weights: Weights) -> dict[str, Stack]:
+    """What transformers opens fused alone, and the checkpoint holds as single experts: the tensors
+    that are made of those, by the names they would have beside them."""
+    found: dict[str, Stack] = {}
+    for fusion in skeleton.fusions:
+        first, inside = fusion.parts[0], module_of(fusion.parameter)
+        beside = weights.names.to_write(first).removesuffix(under(first, inside) or first)
+        source = beside + (under(fusion.parameter, inside) or fusion.parameter)
+        if fusion.borrowed and source not in weights.stacks:
+            shape = tuple(skeleton.fused.get_parameter(fusion.parameter).shape)
+            stack = _stack(skeleton, fusion, source, shape)
+            found |= {source: stack} if stack is not None else {}
+    return found
+
+
 def _is_wider(found: tuple[int, ...], narrow: tuple[int, ...]) -> bool:
     pairs = list(zip(found, narrow, strict=False))
     return len(found) == len(narrow) and found != narrow and all(a >= b for a, b in pairs)

@@ -124,13 +124,15 @@ def _use(result: RunResult, name: str) -> str:
     quoted = _quoted(name)
     compressed = _setting(result, "format") == "compressed-tensors"
     packages = "compressed-tensors" if compressed else "gptqmodel optimum"
+    loader = _setting(result, "auto_class") or "AutoModelForCausalLM"
+    prepares, prepared = _preparing(result)
     code = {
         "transformers": (
             "```python\n"
             f"# pip install transformers accelerate {packages}\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{quoted}", device_map="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{quoted}")\n'
+            f"from transformers import {', '.join(sorted((loader, prepares)))}\n\n"
+            f'model = {loader}.from_pretrained("{quoted}", device_map="auto")\n'
+            f'{prepared} = {prepares}.from_pretrained("{quoted}")\n'
             "```"
         ),
         "gptqmodel": (
@@ -141,6 +143,7 @@ def _use(result: RunResult, name: str) -> str:
             "tokenizer = model.tokenizer\n"
             "```"
         ),
+        "vLLM": "transformers does not open this one.",
         "neither": "Neither transformers nor gptqmodel finds packed experts of these names.",
     }[_opened_by(result)]
     refused = _refused_by_vllm(result)
@@ -149,15 +152,28 @@ def _use(result: RunResult, name: str) -> str:
     return f"{code}\n\n```sh\n# vLLM\nvllm serve {quoted}\n```"
 
 
+def _preparing(result: RunResult) -> tuple[str, str]:
+    """What makes a model's inputs, and what that is called: a processor where there are files of
+    one beside the tokenizer's."""
+    files = result.release.files if result.release is not None else {}
+    if any(file in files for file in ("processor_config.json", "preprocessor_config.json")):
+        return "AutoProcessor", "processor"
+    return "AutoTokenizer", "tokenizer"
+
+
 def _opened_by(result: RunResult) -> str:
-    """transformers takes all linears of a GPTQ release for alike, and leaves experts and a packed
-    head random; gptqmodel knows experts by three names."""
-    if _setting(result, "format") == "compressed-tensors":
-        return "transformers"
+    """As the release's record has it, else by its linears. transformers takes all linears of a GPTQ
+    release for alike, and leaves experts and a packed head random; gptqmodel knows experts by three
+    names."""
     linears = [linear for layer in result.layers for linear in layer.linears]
     experts = [linear.name for linear in linears if linear.tokens is not None]
-    if not all(name.endswith(("gate_proj", "up_proj", "down_proj")) for name in experts):
+    compressed = _setting(result, "format") == "compressed-tensors"
+    if not (compressed or all(n.endswith(("gate_proj", "up_proj", "down_proj")) for n in experts)):
         return "neither"
+    if recorded := _setting(result, "opened_by"):
+        return str(recorded)
+    if compressed:
+        return "transformers"
     grids = {(linear.bits, linear.group_size) for linear in linears}
     head = any(layer.linears for layer in result.layers if layer.kind == "head")
     return "gptqmodel" if experts or head or len(grids) > 1 else "transformers"

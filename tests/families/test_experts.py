@@ -371,6 +371,54 @@ def test_experts_that_a_checkpoint_holds_fused_are_read_one_by_one(
     assert torch.equal(again.read(f"{path}.mlp.experts.down_proj"), torch.stack(down))
 
 
+def seeing() -> Any:
+    """Qwen3-VL's mixture: transformers knows no names of single experts of it."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {**SIZES, **EXPERTS, "intermediate_size": 96, "head_dim": 16, "rope_parameters": rope}
+    eyes: dict[str, Any] = {"depth": 2, "num_heads": 2, "hidden_size": 64, "intermediate_size": 128}
+    eyes |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    return transformers.Qwen3VLMoeConfig(
+        text_config={**text, "moe_intermediate_size": 96}, vision_config=eyes
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "program"), [("gptq", "gptqmodel"), ("compressed-tensors", "vLLM")]
+)
+def test_what_transformers_opens_fused_alone_is_told_and_exported_so(
+    form: str, program: str, tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    base, adapter, out, dense = (tmp_path / n for n in ("base", "adapter", "release", "dense"))
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(seeing(), dtype=torch.float32)
+    rig.write_model(base, model, tokenizer)
+    rig.write_adapter(adapter, model.float(), target_modules=["q_proj"], target_parameters=FUSED)
+    result = run(rig.recipe(base, adapter, out, eval_text, format=form))
+    (told,) = [warning for warning in result.warnings if "random" in warning]
+    assert told.partition(": ")[2].startswith(f"open this one with {program}")
+    assert "--format" not in told
+    card = (out / "README.md").read_text()
+    assert "from_pretrained" not in card
+    assert ("GPTQModel" in card) is (form == "gptq")
+    assert "vllm serve" in card
+
+    export(Recipe(base=out, out=dense), dtype="float32")
+    opened, info = AutoModelForImageTextToText.from_pretrained(
+        dense, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    score = rig.perplexity(opened.eval(), rig.windows(base, eval_text))
+    assert score == pytest.approx(result.arms["release"]["text"].perplexity, rel=rig.TOLERANCE)
+    merged = tmp_path / "merged"
+    export(Recipe(base=out, adapter=(str(adapter),), out=merged), dtype="float32")
+    expected = PeftModel.from_pretrained(opened, adapter).merge_and_unload().state_dict()
+    for name, tensor in rig.dense(merged, AutoModelForImageTextToText).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_experts_that_are_published_fused_and_transposed(
     tokenizer: Path, eval_text: Path, tmp_path: Path
@@ -379,13 +427,7 @@ def test_experts_that_are_published_fused_and_transposed(
     from peft import PeftModel
     from safetensors.torch import load_file, save_file
 
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    text = {**SIZES, **EXPERTS, "intermediate_size": 96, "head_dim": 16, "rope_parameters": rope}
-    eyes: dict[str, Any] = {"depth": 2, "num_heads": 2, "hidden_size": 64, "intermediate_size": 128}
-    eyes |= {"out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    config = transformers.Qwen3VLMoeConfig(
-        text_config={**text, "moe_intermediate_size": 96}, vision_config=eyes
-    )
+    config = seeing()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     base, adapter, out, merged = (tmp_path / n for n in ("base", "adapter", "release", "merged"))

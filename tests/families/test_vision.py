@@ -225,6 +225,22 @@ def illustrated(name: str, tokenizer: Path, folder: Path) -> tuple[Path, Path, P
     return base, folder / "adapter", folder / "release", str(folder / "rows.jsonl")
 
 
+def test_the_code_on_the_card_opens_the_release(
+    tokenizer: Path, eval_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    base, adapter, out, _ = illustrated("LLaVA", tokenizer, tmp_path)
+    result = run(rig.recipe(base, adapter, out, eval_text, format="compressed-tensors"))
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert type(found["model"]).__name__ == "LlavaForConditionalGeneration"
+    assert type(found["processor"]).__name__ == "LlavaProcessor"
+    score = rig.perplexity(found["model"], rig.windows(base, eval_text))
+    assert score == pytest.approx(result.arms["release"]["text"].perplexity, rel=0.01)
+
+
 def write_qwen_processor(tokenizer: Path, folder: Path) -> None:
     pytest.importorskip("torchvision")  # transformers wants it for the part that reads videos
     from transformers import (

@@ -253,6 +253,23 @@ def test_the_card_opens_a_release_with_what_reads_it() -> None:
     assert "Neither transformers nor gptqmodel" in mixtral
 
 
+def test_the_card_goes_by_what_the_release_records() -> None:
+    plain = finished()
+
+    def card(*files: str, **details: Any) -> str:
+        release = InputRecord(path="r", details=details, files=dict.fromkeys(files, ""))
+        return render_card(dataclasses.replace(plain, release=release), name="x")
+
+    seeing = card("preprocessor_config.json", auto_class="AutoModelForImageTextToText")
+    assert "import AutoModelForImageTextToText, AutoProcessor\n" in seeing
+    assert 'processor = AutoProcessor.from_pretrained("x")' in seeing
+    assert "AutoTokenizer" not in seeing
+    by_vllm = card(format="compressed-tensors", opened_by="vLLM")
+    assert "from_pretrained" not in by_vllm
+    assert "vllm serve x" in by_vllm
+    assert 'GPTQModel.load("x")' in card(opened_by="gptqmodel")
+
+
 def test_a_comparison_says_better_worse_or_same() -> None:
     same = render_comparison(compare_results(finished(), finished()))
     assert same.startswith("No difference beyond noise.")
