@@ -53,7 +53,7 @@ def verify(
         checks = WeightChecks(opened.skeleton, opened.weights)
         with findings.at("weights"):
             checks.run(progress)
-            checks.tell(findings)
+            checks.tell(findings, opened.result)
             check_claims(opened.result, checks, findings)
         check_settings(opened, findings)
         check_tokenizer(opened, findings, trust_remote_code=trust_remote_code)

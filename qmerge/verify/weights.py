@@ -6,13 +6,14 @@ O, I: out and in features; G: groups along I.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from qmerge.errors import QmergeError
 from qmerge.formats.base import IntegerWeight
+from qmerge.formats.gptq import SERVED_AS
 from qmerge.model.experts import blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
@@ -61,7 +62,11 @@ class WeightChecks:
             own = {name: tensor for name, tensor in decoded.items() if tensor is not None}
             self.siblings += self._siblings(unit, own, calls[unit.index])
 
-    def tell(self, findings: Findings) -> None:
+    def tell(self, findings: Findings, result: RunResult) -> None:
+        """What the report does not call quantized, was dense in the base already: it may lie beside
+        linears that are packed."""
+        claimed = {linear.name for layer in result.layers for linear in layer.linears}
+        known = claimed | self.packed.keys()
         for name, text in (
             ("decoded", f"all {len(self.packed)} packed weights decode to finite values"),
             ("dense", "every other tensor is finite"),
@@ -71,16 +76,18 @@ class WeightChecks:
             ("groups", "each group has its columns"),
         ):
             findings.say(name, self.wrong[name], text)
-        self._tell_experts(findings)
-        torn = [f"{', '.join(group)} differ" for group in self.siblings if not self._agree(group)]
-        findings.say("siblings", torn, f"{len(self.siblings)} sets that servers fuse agree")
+        self._tell_experts(findings, known)
+        sets = [[name for name in group if name in known] for group in self.siblings]
+        torn = [f"{', '.join(group)} differ" for group in sets if group and not self._agree(group)]
+        findings.say("siblings", torn, f"{len(sets)} sets that servers fuse agree")
 
-    def _tell_experts(self, findings: Findings) -> None:
+    def _tell_experts(self, findings: Findings, known: Collection[str]) -> None:
         """Servers run the experts of a block as one, with one kind of code."""
         blocks = {
             path: {
                 (own.bits, own.symmetric) if (own := self.packed.get(join(path, name))) else None
                 for name in linears(block)
+                if join(path, name) in known
             }
             for path, block in blocks_of(self.skeleton.model)
         }
@@ -141,7 +148,8 @@ class WeightChecks:
     def _siblings(
         self, unit: Unit, decoded: Mapping[str, torch.Tensor], call: Call
     ) -> Iterator[tuple[str, ...]]:
-        """Linears of one module that read the same input, which is what servers fuse."""
+        """Linears of one module that read the same input, which is what servers fuse; where it is
+        known what vLLM makes of them, those of one such."""
         layer = self.skeleton.layer(unit.index)
         relative = {name[len(unit.path) + 1 :]: tensor for name, tensor in decoded.items()}
         if len(relative) < len(unit.parameters):
@@ -150,9 +158,10 @@ class WeightChecks:
         width = self.skeleton.hidden_size
         hidden = torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(0))
         for group in sibling_groups(layer, hidden, call, linears(layer)):
-            places: dict[str, list[str]] = defaultdict(list)
+            places: dict[tuple[str, str | None], list[str]] = defaultdict(list)
             for name in group:
-                places[module_of(name)].append(join(unit.path, name))
+                parent, _, own = name.rpartition(".")
+                places[parent, SERVED_AS.get(own)].append(join(unit.path, name))
             yield from (tuple(names) for names in places.values() if len(names) > 1)
 
     def _agree(self, group: Iterable[str]) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qmerge.formats.gptq import pack_gptq
 from qmerge.pipeline import run
 from qmerge.storage.checkpoint import Checkpoint
+from qmerge.verify import verify
 from tests import checkpoints
 from tests.families import rig
 from tests.families.test_dense import HEAD, SMALL
@@ -120,3 +121,4 @@ def test_a_base_whose_gates_are_dense_beside_their_siblings(
     for name in (*dense, "in_proj_ba"):
         assert any(re.match(key[2:], f"{place}.{name}") for key in settings["dynamic"])
     assert not any(re.match(key[2:], f"{place}.in_proj_qkvz") for key in settings["dynamic"])
+    assert not verify(out).failed
