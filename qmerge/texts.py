@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, load_corpus
+from qmerge.corpus import Corpus, load_corpus, overlap
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
@@ -160,3 +160,13 @@ def evaluation_texts(
                 )
             )
     return tuple(found)
+
+
+def overlap_notes(calibration: Corpus, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
+    """How much of what will be scored the quantizer sees before."""
+    for corpus in evaluation:
+        if share := overlap(calibration, corpus):
+            yield (
+                f"evaluation text {corpus.name}: {100 * share:.3g}% of its tokens stand in the"
+                " calibration text, to which the release is fitted"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,6 +248,20 @@ def test_time_follows_the_work(asked: Recipe) -> None:
     assert some["requantize"] < again["requantize"] < 2 * some["requantize"]
     parts = make_plan(replace(asked, memory=1 << 20)).summary.seconds
     assert parts["requantize"] > some["requantize"]
+
+
+def test_text_that_is_fitted_and_scored_is_told_with_its_share(asked: Recipe) -> None:
+    assert not any("calibration text" in note for note in make_plan(asked).summary.notes)
+    words = [f"word {number} of {number * number}" for number in range(4000)]
+    seen, other = (asked.out.with_name(name) for name in ("seen.txt", "other.txt"))
+    seen.write_text("\n".join(words[:3000]))
+    other.write_text("\n".join([*words[:1000], *words[3000:]]))
+    own = replace(asked, calibration=str(seen), eval=(str(other),))
+    plan = make_plan(replace(own, calibration_samples=10000, eval_windows="all"))
+    (note,) = (note for note in plan.summary.notes if "calibration text" in note)
+    share = float(re.search(r"other: ([\d.]+)% of its tokens", note)[1])  # type: ignore[index]
+    assert 35 < share < 65
+    assert plan.ready().notes == plan.summary.notes
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run(
