@@ -71,7 +71,7 @@ FLOORS = (
         ),
         ladder=True,
     ),
-    Floor(name="door", modules=("cli",)),
+    Floor(name="door", modules=("cli", "__main__"), ladder=True),
 )
 
 # A package's __init__ comes after all its files, and none of them imports it.
