@@ -43,6 +43,7 @@ from qmerge.texts import (
     load_tokenizer,
     tokenizer_home,
     window_length,
+    window_notes,
 )
 from qmerge.tuning import Tuning, open_tuning, tuning_notes
 
@@ -96,7 +97,8 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
         models, corpora = _open(recipe)
         inputs = _inputs(models)
         kept = _recorded_survival(recipe, models, inputs)
-    notes = tuple(f"{model.name}: {note}" for model in models for note in model.notes)
+    own = (f"{model.name}: {note}" for model in models for note in model.notes)
+    notes = (*own, *window_notes(recipe, corpora))
     for note in notes:
         progress.warn(note)
     device = pick_device(recipe.device)

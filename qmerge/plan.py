@@ -39,11 +39,13 @@ from qmerge.texts import (
     calibration_text,
     check_tokens,
     evaluation_texts,
+    fewer,
     load_processor,
     load_tokenizer,
     overlap_notes,
     tokenizer_home,
     window_length,
+    window_notes,
 )
 from qmerge.training import Decision, decide
 from qmerge.tuning import Tuning, open_tuning, tuning_notes
@@ -141,6 +143,8 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
         folders = (recipe.base, recipe.original or recipe.base)
         notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
+    notes += fewer(calibration, recipe.calibration_samples)
+    notes += window_notes(recipe, evaluation)
     notes += overlap_notes(calibration, evaluation)
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     held = waiting_bytes(skeleton, calibration.tokens.shape[1], siblings)

@@ -87,7 +87,10 @@ class Scoring:
         unset="the offline recipe",
     )
     eval_windows: int | Literal["all"] = option(
-        256, WINDOWS, "Text", "Windows of each evaluation text that are scored, from its start."
+        256,
+        WINDOWS,
+        "Text",
+        "Windows of each evaluation text that are scored, from its start; at most what it holds.",
     )
     sequence_length: int | None = option(
         None,
@@ -248,7 +251,9 @@ class Recipe(Scoring):
         "Text that the quantizer sees; SPEC as for --eval.",
         unset="the offline recipe; text of the adapter's own kind is better",
     )
-    calibration_samples: int = option(128, whole(1), "Text", "Windows of calibration text.")
+    calibration_samples: int = option(
+        128, whole(1), "Text", "Windows of calibration text; at most what it holds."
+    )
     bits: int | None = option(
         None, choice(2, 3, 4, 8), "Quantizer", "Bits of a code.", unset="a GPTQ base's, else 4"
     )

@@ -170,3 +170,18 @@ def overlap_notes(calibration: Corpus, evaluation: tuple[Corpus, ...]) -> Iterat
                 f"evaluation text {corpus.name}: {100 * share:.3g}% of its tokens stand in the"
                 " calibration text, to which the release is fitted"
             )
+
+
+def window_notes(scoring: Scoring, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
+    """Evaluation texts that hold less than was asked for."""
+    if scoring.eval_windows != "all":
+        for corpus in evaluation:
+            yield from fewer(corpus, scoring.eval_windows)
+
+
+def fewer(corpus: Corpus, asked: int) -> Iterator[str]:
+    """A note where a text does not hold the windows that were asked for."""
+    held, length = corpus.windows_available, corpus.tokens.shape[1]
+    if held < asked:
+        windows = f"{held} window{'s' * (held != 1)} of {length} tokens"
+        yield f"{corpus.source} holds {windows}, {asked} were asked for"

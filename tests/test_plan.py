@@ -264,6 +264,23 @@ def test_text_that_is_fitted_and_scored_is_told_with_its_share(asked: Recipe) ->
     assert plan.ready().notes == plan.summary.notes
 
 
+def test_fewer_windows_than_were_asked_for_are_told(asked: Recipe) -> None:
+    file = asked.out.with_name("few.txt")
+    file.write_text(" ".join(map(str, range(200))))
+    held = make_plan(replace(asked, eval=(str(file),), eval_windows="all"))
+    windows = len(held.ready().evaluation[0].tokens)
+    assert not any("asked for" in note for note in held.summary.notes)
+    plan = make_plan(replace(asked, eval=(str(file),), calibration_samples=4096))
+    told = [note for note in plan.summary.notes if "asked for" in note]
+    assert len(told) == 1
+    said = rf"{asked.calibration} holds \d+ windows of 64 tokens, 4096 were asked for"
+    assert re.fullmatch(said, told[0])
+    plan = make_plan(replace(asked, eval=(str(file),), eval_windows=windows + 1))
+    assert plan.summary.notes[-1] == (
+        f"{file} holds {windows} windows of 64 tokens, {windows + 1} were asked for"
+    )
+
+
 def test_code_that_comes_with_a_checkpoint_is_not_run(
     asked: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
