@@ -18,6 +18,7 @@ from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
 from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.measure.gate import limits_of, told_limits
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.paused import Held
@@ -106,6 +107,7 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         quantizer=f"{spec.bits} bits, group {spec.group_size}, "
         f"{'symmetric' if spec.symmetric else 'asymmetric'}, act-order {job.settings.order}, "
         f"format {job.settings.format}",
+        limits=tuple(told_limits(limits_of(recipe))),
         corpora=tuple(
             f"{c.name}: {c.tokens.shape[0]} x {c.tokens.shape[1]} tokens of {c.source}"
             for c in (job.calibration, *job.evaluation)

@@ -21,11 +21,14 @@ from qmerge.options import (
     FILE,
     FOLDER,
     FRACTION,
+    INCREASE,
     NBYTES,
     OVERRIDES,
+    PART,
     PATTERNS,
     SHARE,
     SPEC,
+    SURVIVAL,
     SWITCH,
     TEXT,
     WINDOWS,
@@ -69,7 +72,7 @@ def _survival_limit(
     help: str = "Lowest survival of the adapter over the whole model.",
 ) -> Any:
     """Of the jobs that know how much of an adapter was left."""
-    return option(None, SHARE, "Gate", help, unset="no limit")
+    return option(None, SURVIVAL, "Gate", help, unset="no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +117,7 @@ class Scoring:
 
     max_ppl_increase: float | None = option(
         None,
-        SHARE,
+        INCREASE,
         "Gate",
         "Highest increase of perplexity against the reference, on every corpus.",
         unset="no limit",
@@ -128,7 +131,7 @@ class Scoring:
     )
     min_same_top: float | None = option(
         None,
-        SHARE,
+        PART,
         "Gate",
         "Lowest share of tokens on which the likeliest one is the reference's, on every corpus.",
         unset="no limit",
@@ -152,8 +155,8 @@ class Scoring:
         """The recipe as a file that `qmerge run` reads; equal recipes give equal text."""
         import yaml
 
-        keys = [each.name for each in options(type(self)) if not each.transient]
-        plain = {key: _plain(getattr(self, key)) for key in keys}
+        keys = [each for each in options(type(self)) if not each.transient]
+        plain = {each.name: each.kind.write(_plain(getattr(self, each.name))) for each in keys}
         readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         if yaml.safe_load(readable) == plain:
             return readable

@@ -464,6 +464,7 @@ class PlanSummary:
     original: str | None = None
     strategies: tuple[str, ...] = ()
     quantizer: str = ""
+    limits: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
     at_once: int = 0
     waiting: bool = True

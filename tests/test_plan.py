@@ -22,6 +22,7 @@ from qmerge.job import partial
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
+from qmerge.report.plan import render
 
 
 def other_shapes(recipe: Recipe) -> Recipe:
@@ -279,6 +280,13 @@ def test_fewer_windows_than_were_asked_for_are_told(asked: Recipe) -> None:
     assert plan.summary.notes[-1] == (
         f"{file} holds {windows} windows of 64 tokens, {windows + 1} were asked for"
     )
+
+
+def test_limits_are_told_as_they_were_understood(asked: Recipe) -> None:
+    limits = replace(asked, max_ppl_increase=0.01, max_kl=0.05, min_same_top=0.95, min_survival=0.9)
+    told = "perplexity increase at most 1%, mean KL at most 0.05, same top token at least 95%"
+    assert f"limits      {told}, adapter survival at least 0.9" in render(make_plan(limits).summary)
+    assert "\nlimits" not in render(make_plan(asked).summary)
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run(

@@ -148,6 +148,15 @@ def test_any_recipe_survives_the_way_to_disk(
     assert build(Recipe, {}, file=file) == asked
 
 
+@pytest.mark.parametrize("increase", [0.01, 1.0, 1.1, 1.5, 3.07])
+def test_a_limit_survives_the_way_to_disk(tmp_path: Path, increase: float) -> None:
+    asked = recipe(max_ppl_increase=f"{100 * increase:.6g}%")
+    assert asked.max_ppl_increase == pytest.approx(increase)
+    file = tmp_path / "again.yaml"
+    file.write_text(asked.to_yaml(), encoding="utf-8")
+    assert build(Recipe, {}, file=file) == asked
+
+
 @pytest.mark.parametrize(
     ("text", "bits", "group_size", "skip"),
     [

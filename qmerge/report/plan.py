@@ -19,6 +19,7 @@ def render(plan: PlanSummary) -> str:
             ("out", plan.out),
             ("strategy", " and ".join(plan.strategies)),
             ("quantizer", plan.quantizer),
+            ("limits", ", ".join(plan.limits)),
         )
         if value
     ]
