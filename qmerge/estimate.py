@@ -34,6 +34,8 @@ PAPERS_SECONDS = 3.0
 """Digests of small files, the report's plots and the last rename, on one core of 2023."""
 BESIDE = 128 << 20
 """Bytes that a run of any size takes: what the allocator keeps, digests, the report's plots."""
+WALKED = ("dequantize", "evaluate", "requantize", "write")
+"""Parts of the time that layer after layer takes."""
 DECODING = 20
 """Passes over a weight that decoding and merging it take."""
 
@@ -84,7 +86,10 @@ def walking_bytes(skeleton: Skeleton, streams: int, tokens: int, held: int) -> i
     return max(weights, streams * weights // 4 + (1 + streams) * moving // 2) + held
 
 
-def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> PlanSummary:
+def summarize(
+    recipe: Recipe, job: Job | None, faults: tuple[Fault, ...], done: Collection[str] = ()
+) -> PlanSummary:
+    """`done` are the units that a stopped run has finished."""
     listing = tuple(f"{fault.where}: {fault.message}" for fault in faults)
     hints = tuple(fault.hint or "" for fault in faults)
     if job is None:
@@ -121,11 +126,18 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         memory_bytes=memory_bytes(job),
         device_bytes=memory_bytes(job) if job.device.type != "cpu" else 0,
         device=str(job.device),
-        seconds=seconds(job),
+        seconds=seconds(job, done),
+        goes_on=_goes_on(job, done),
         notes=job.notes,
         renamed=dict(job.change.renamed) if job.change is not None else {},
         left_out=job.change.left_out if job.change is not None else (),
     )
+
+
+def _goes_on(job: Job, done: Collection[str]) -> str:
+    units = len(job.skeleton.units())
+    where = partial(job.recipe.out)
+    return f"goes on from {where}: {len(done)} of {units} units are done" if done else ""
 
 
 def _adapter(job: Job) -> str:
@@ -259,8 +271,16 @@ def _mib(count: int) -> str:
     return f"{count >> 20} MiB"
 
 
-def seconds(job: Job) -> dict[str, float]:
-    """Seconds of a run by its parts, named as the timings of a report are."""
+def seconds(job: Job, done: Collection[str] = ()) -> dict[str, float]:
+    """Seconds of a run by its parts, named as the timings of a report are, without what went into
+    the layers that are done."""
+    units = [unit.label for unit in job.skeleton.units() if unit.kind == "layer"]
+    left = sum(unit not in done for unit in units) / len(units)
+    whole = _whole_seconds(job)
+    return {part: took * (left if part in WALKED else 1) for part, took in whole.items()}
+
+
+def _whole_seconds(job: Job) -> dict[str, float]:
     device, layers, hidden = job.device, job.skeleton.layer_count, job.skeleton.hidden_size
     reduced = _reduced(job)
     forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)

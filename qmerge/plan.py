@@ -49,6 +49,7 @@ from qmerge.texts import (
 )
 from qmerge.training import Decision, decide
 from qmerge.tuning import Tuning, open_tuning, tuning_notes
+from qmerge.workspace import done_before
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
@@ -91,8 +92,20 @@ def make_plan(recipe: Recipe) -> Plan:
     faults = Faults()
     job = _make_job(recipe, faults)
     faults.found += room_faults(job) if job else []
+    done = _done_before(job, faults) if job else frozenset()
     found = tuple(dict.fromkeys(faults.found))
-    return Plan(faults=found, job=None if found else job, summary=summarize(recipe, job, found))
+    summary = summarize(recipe, job, found, done)
+    return Plan(faults=found, job=None if found else job, summary=summary)
+
+
+def _done_before(job: Job, faults: Faults) -> frozenset[str]:
+    """Units that need not be done again. `StorageError`, which is no fault of the recipe, where
+    the folder is damaged or another process is at work in it."""
+    try:
+        return done_before(job)
+    except RecipeError as error:
+        faults.found.append(Fault(where="--out", message=error.message, hint=error.hint))
+        return frozenset()
 
 
 def _make_job(recipe: Recipe, faults: Faults) -> Job | None:

@@ -40,6 +40,8 @@ FLOORS = (
         name="intent",
         modules=(
             "job",
+            "provenance",
+            "workspace",
             "images",
             "texts",
             "machine",
@@ -56,8 +58,6 @@ FLOORS = (
     Floor(
         name="conduct",
         modules=(
-            "workspace",
-            "provenance",
             "release",
             "walk",
             "pipeline",

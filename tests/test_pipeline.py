@@ -20,8 +20,10 @@ from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
+from qmerge.progress import Silent
 from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.report import render
+from qmerge.report.plan import render as render_plan
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
 
@@ -429,7 +431,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             run(stopped)
     assert not stopped.out.exists()
     assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
-    resumed = run(stopped)
+    planned = make_plan(stopped).summary
+    going_on = f"goes on from {tmp_path / 'stopped.partial'}: 2 of 5 units are done"
+    assert f"note: {going_on}" in render_plan(planned)
+    anew = make_plan(replace(stopped, restart=True)).summary
+    assert anew.goes_on == ""
+    assert planned.seconds["requantize"] == pytest.approx(2 / 3 * anew.seconds["requantize"])
+    (fault,) = make_plan(replace(stopped, damping=0.02)).faults
+    assert "holds another run that was stopped: recipe.damping was 0.01, is 0.02" in fault.message
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Silent, "warn", lambda _, message: told.append(message))
+        resumed = run(stopped)
+    assert told[0] == going_on
+    assert going_on not in resumed.warnings
     before = [layer.seconds for layer in resumed.layers]
     assert resumed.timings["total"] > sum(before)
     assert resumed.timings["requantize"] > 0.5 * sum(before) / len(before)
