@@ -7,12 +7,13 @@ about whether its paths exist or its models fit together: that is the plan's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qmerge.errors import Fault, RecipeError
+from qmerge.names import matches
 from qmerge.options import (
     ADAPTERS,
     BASE_QUANT,
@@ -355,12 +356,17 @@ class Recipe(Scoring):
         return tuple(map(_override, self.override))
 
     def faults(self) -> tuple[Fault, ...]:
-        found = super().faults()
-        try:
-            self.overrides()
-        except RecipeError as error:
-            found += (Fault(where="--override", message=error.message, hint=error.hint),)
-        return found
+        return super().faults() + tuple(self._unreadable())
+
+    def _unreadable(self) -> Iterator[Fault]:
+        """Overrides that say nothing, and patterns that are none."""
+        given = {"--only": self.only, "--except": self.exclude, "--override": self.override}
+        for flag, texts in given.items():
+            for text in texts:
+                try:
+                    matches(_override(text).pattern if flag == "--override" else text, "")
+                except RecipeError as error:
+                    yield Fault(where=flag, message=error.message, hint=error.hint)
 
 
 @dataclass(frozen=True, kw_only=True)

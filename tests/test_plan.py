@@ -179,6 +179,43 @@ def test_all_faults_are_told_at_once(asked: Recipe) -> None:
         assert part in text
 
 
+def test_what_needs_no_base_is_checked_without_one(asked: Recipe) -> None:
+    table = asked.out.with_name("table.jsonl")
+    table.write_text('{"a": "x", "b": "y"}\n')
+    recipe = replace(
+        asked,
+        base=asked.out.with_name("nowhere"),
+        calibration=str(asked.out.with_name("missing.txt")),
+        eval=(f"{table}:c", f"t={table}", "notes.pdf", "h=hub:nobody"),
+        override=("re:(=bits:8", "x=loud", "*.q_proj=bits:8"),
+        only=("re:[",),
+        device="cuda:99",
+    )
+    told = "\n".join(f"{fault.where}: {fault.message}" for fault in make_plan(recipe).faults)
+    for part in (
+        "--base: ", "missing.txt: no such file", "row 1 has no column 'c'",
+        "row 1: which column is the text?", "notes.pdf: neither a recipe nor a ",
+        "hub:nobody: not the name of a dataset", "--override: pattern 're:(' is not a regular",
+        "--override: 'x=loud' is not PATTERN", "--only: pattern 're:[' is not a regular",
+        "--device: cuda:99: this machine has no such device",
+    ):  # fmt: skip
+        assert told.count(part) == 1, told
+
+
+def test_faults_that_need_the_base_are_told_beside_those_that_do_not(asked: Recipe) -> None:
+    recipe = replace(
+        asked,
+        device="cuda:99",
+        symmetric=False,
+        format="gptq",
+        override=("*.o_prj=skip",),
+        only=("re:[",),
+    )
+    told = "\n".join(f"{fault.where}: {fault.message}" for fault in make_plan(recipe).faults)
+    for part in ("cuda:99", "for symmetric grids", "fits no linear", "is not a regular"):
+        assert told.count(part) == 1, told
+
+
 def test_width_that_cannot_be_packed(asked: Recipe, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
