@@ -157,7 +157,7 @@ def _make_job(recipe: Recipe, faults: Faults) -> Job | None:
             tied = head + WEIGHT in skeleton.tied()
             specs = grids(recipe, targets, spec, faults, head=head, tied=tied)
             faults.found += misfits(skeleton, specs)
-            faults.found += torn(skeleton, specs, siblings)
+            faults.found += torn(recipe, skeleton, specs, siblings)
         if settings is not None:
             notes += serving_notes(settings.format, skeleton, specs)
     opened = skeleton if base is not None else None

@@ -399,7 +399,25 @@ def test_overrides_that_tear_siblings_or_fit_nothing_are_faults(
         run(torn)
     said = [fault.message for fault in caught.value.faults]
     assert any("fits no linear" in text for text in said)
-    assert any("layers.0.self_attn.q_proj" in text and "servers fuse" in text for text in said)
+    names = "self_attn.q_proj and self_attn.k_proj and self_attn.v_proj"
+    assert f"gives {names} of 3 layers, which servers fuse, different grids" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "proposed"),
+    [
+        ("*.q_proj=bits:8", r"re:.*\.self_attn\.(q_proj|k_proj|v_proj)=bits:8"),
+        ("*.layers.1.mlp.up_proj=skip", r"re:model\.layers\.(1)\.mlp\.(gate_proj|up_proj)=skip"),
+        ("re:.*[12].*v_proj=group:64",
+         r"re:model\.layers\.(1|2)\.self_attn\.(q_proj|k_proj|v_proj)=group:64"),
+    ],
+)  # fmt: skip
+def test_a_torn_pattern_is_one_fault_and_the_proposed_one_is_none(
+    asked: Recipe, given: str, proposed: str
+) -> None:
+    (fault,) = make_plan(replace(asked, override=(given,))).faults
+    assert f"--override '{proposed}'" in str(fault.hint)
+    assert make_plan(replace(asked, override=(proposed,))).faults == ()
 
 
 def test_micro_batches_quantize_alike(asked: Recipe, tiny_nf4: Path, tmp_path: Path) -> None:
