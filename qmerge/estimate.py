@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -197,6 +197,16 @@ def memory_bytes(job: Job) -> int:
     held = windows * job.held.of(streams) if job.waiting else at_once * streams * job.held.alone
     layer = walking_bytes(job.skeleton, streams, at_once * length, length * held)
     return BESIDE + _seen_bytes(job) + max(layer, _tower_bytes(job), _scoring_bytes(job))
+
+
+def memory_notes(job: Job) -> Iterator[str]:
+    """Where a run in its smallest pieces takes more than it was told to plan for."""
+    needed = memory_bytes(job)
+    if needed > job.recipe.memory:
+        yield (
+            f"--memory is {_mib(job.recipe.memory)}, and the run needs about {_mib(needed)} beside"
+            " the libraries"
+        )
 
 
 def _scoring_bytes(job: Job) -> int:

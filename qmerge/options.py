@@ -124,6 +124,7 @@ def _written_increase(number: float | None) -> float | str | None:
     return number if number is None or number < 1 else f"{100 * number:.15g}%"
 
 
+LEAST_MEMORY = 1 << 20  # below it a unit has been forgotten
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -133,6 +134,10 @@ def _nbytes(value: object) -> int:
     size = int(float(match[1] + (match[2] or "")) * _UNITS[match[3].lower()]) if match else 0
     if size < 1:
         raise ValueError("is not a size such as 4GiB or 800MiB")
+    if size < LEAST_MEMORY:
+        unit = "GiB" if size < 1 << 10 else "MiB"
+        meant = f"; write {size}{unit}" if str(value).strip().isdigit() else ", less than 1MiB"
+        raise ValueError(f"is {size} byte{'s' * (size != 1)}{meant}")
     return size
 
 

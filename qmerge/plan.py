@@ -16,7 +16,7 @@ from pathlib import Path
 from qmerge.adapters import open_adapter
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError, RecipeError
-from qmerge.estimate import room_faults, summarize, waiting_bytes, walking_bytes
+from qmerge.estimate import memory_notes, room_faults, summarize, waiting_bytes, walking_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
@@ -94,8 +94,11 @@ def make_plan(recipe: Recipe) -> Plan:
     keep_freed()
     faults = Faults()
     job = _make_job(recipe, faults)
-    faults.found += room_faults(job) if job else []
-    done = _done_before(job, faults) if job else frozenset()
+    done: frozenset[str] = frozenset()
+    if job is not None:
+        job = dataclasses.replace(job, notes=(*job.notes, *memory_notes(job)))
+        faults.found += room_faults(job)
+        done = _done_before(job, faults)
     found = _once(faults.found)
     summary = summarize(recipe, job, found, done)
     return Plan(faults=found, job=None if found else job, summary=summary)

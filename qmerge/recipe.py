@@ -106,12 +106,6 @@ class Scoring:
     device: str = option(
         "auto", DEVICE, "Machine", "Where layers are run: auto, cpu, cuda or cuda:N."
     )
-    memory: int = option(
-        4 << 30,
-        NBYTES,
-        "Machine",
-        "Memory to plan for. What does not fit is worked in micro-batches and spilled to disk.",
-    )
     trust_remote_code: bool = option(
         False, SWITCH, "Machine", "Run model code that comes with the checkpoint."
     )
@@ -333,6 +327,13 @@ class Recipe(Scoring):
         unset="gptq, or gptq_v2 with --asym",
     )
     min_survival: float | None = _survival_limit()
+    memory: int = option(
+        4 << 30,
+        NBYTES,
+        "Machine",
+        "Memory to plan for, beside that of the imported libraries. What does not fit is worked in"
+        " micro-batches and spilled to disk.",
+    )
     seed: int = option(0, whole(0), "Machine", "Seed of everything that is drawn.")
     restart: bool = option(
         False,

@@ -66,7 +66,7 @@ def written(tmp_path: Path, text: str | bytes) -> Path:
         (NBYTES, "4GiB", 4 << 30),
         (NBYTES, "1.5g", 3 << 29),
         (NBYTES, "800 MB", 800 << 20),
-        (NBYTES, 123456, 123456),
+        (NBYTES, 12345678, 12345678),
         (EVALS, "a.txt", ("a.txt",)),
         (EVALS, ["a.txt", "b.txt"], ("a.txt", "b.txt")),
         (FOLDER, "models/base", Path("models/base")),
@@ -120,11 +120,14 @@ def test_refuses(kind: Kind, given: object) -> None:
         (PART, "101%", "is 101%, and 100% is the most there can be"),
         (SURVIVAL, "90", "is 9000%; write 90% or 0.9"),
         (SURVIVAL, "900%", "is 900%, and 200% is the most there can be"),
+        (NBYTES, "4", "is 4 bytes; write 4GiB"),
+        (NBYTES, 4096, "is 4096 bytes; write 4096MiB"),
+        (NBYTES, "800KiB", "is 819200 bytes, less than 1MiB"),
         (INCREASE, "1", "is 100%: write 1% for 1 per cent, 100% for that"),
         (INCREASE, 5, "is 500%: write 5% for 5 per cent, 500% for that"),
     ],
 )
-def test_a_percentage_without_its_sign_is_refused(kind: Kind, given: object, said: str) -> None:
+def test_what_lacks_its_sign_or_unit_is_refused(kind: Kind, given: object, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         kind.read(given)
 

@@ -271,7 +271,22 @@ def test_a_disk_or_a_memory_that_is_too_small_is_a_fault(
     # What a stopped run has left is room that it goes on in.
     partial(asked.out).mkdir()
     (partial(asked.out) / "shard").write_bytes(b"1")
+    (fault, other) = make_plan(asked).faults
+    assert (fault.where, other.where) == ("--memory", "--out")
+    assert "no run has left it" in other.message
+    (partial(asked.out) / "journal.jsonl").touch()
     assert [fault.where for fault in make_plan(asked).faults] == ["--memory"]
+
+
+def test_less_memory_than_a_run_takes_is_told(asked: Recipe) -> None:
+    plan = make_plan(replace(asked, memory=1 << 20))
+    needed = plan.summary.memory_bytes
+    note = f"--memory is 1 MiB, and the run needs about {needed >> 20} MiB beside the libraries"
+    assert note in plan.ready().notes
+    assert note in plan.summary.notes
+    assert not any(
+        "--memory" in note for note in make_plan(replace(asked, memory=needed)).summary.notes
+    )
 
 
 def test_time_follows_the_work(asked: Recipe) -> None:

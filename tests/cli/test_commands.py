@@ -117,6 +117,14 @@ def test_quantize(calls: Calls) -> None:
     assert calls.recipe == Recipe(base=Path("dense"), out=Path("o"), bits=3)
 
 
+@pytest.mark.parametrize("command", [["evaluate", "a", "b"], ["compare", "a", "b"]])
+def test_what_scores_plans_for_no_memory(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.status([*command, "--memory", "2GiB"]) == 2
+    assert "No such option" in capsys.readouterr().err
+
+
 def test_limits_are_kept_against_another_checkpoint() -> None:
     asked = EvaluateRecipe(models=("b", "a"), reference="b", max_kl=0.1)
     assert asked.faults() == ()
