@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CorpusError
+from qmerge.options import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,15 +190,16 @@ def _hub_name(spec: str) -> re.Match[str]:
 
 def split_column(spec: str) -> tuple[Path, str | None]:
     """File and column; a file whose name is the whole SPEC wins."""
+    whole = expanded(spec)
     path, colon, column = spec.rpartition(":")
-    if not colon or _is_file(spec) or Path(path).suffix not in _FILE_SUFFIXES:
-        return Path(spec), None
-    return Path(path), column
+    if not colon or _is_file(whole) or Path(path).suffix not in _FILE_SUFFIXES:
+        return whole, None
+    return expanded(path), column
 
 
-def _is_file(path: str | Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return Path(path).is_file()
+        return path.is_file()
     except OSError:  # a name that is too long, a folder that may not be read
         return False
 

@@ -34,6 +34,7 @@ from qmerge.options import (
     TEXT,
     WINDOWS,
     choice,
+    expanded,
     option,
     options,
     whole,
@@ -383,7 +384,9 @@ def _weighted(text: str) -> WeightedAdapter:
     folder, _, number = text.rpartition("@")
     try:
         return (
-            WeightedAdapter(folder=Path(folder), weight=float(number)) if folder else _whole(text)
+            WeightedAdapter(folder=expanded(folder), weight=float(number))
+            if folder
+            else _whole(text)
         )
     except ValueError:
         return _whole(text)
@@ -423,7 +426,7 @@ def _override(text: str) -> Override:
 
 
 def _whole(text: str) -> WeightedAdapter:
-    return WeightedAdapter(folder=Path(text).expanduser(), weight=1.0)
+    return WeightedAdapter(folder=expanded(text), weight=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,7 +549,9 @@ def _parts(spec: str) -> tuple[str, str]:
 
 def _contestant(name: str, spec: str) -> Contestant:
     folder, adapter = _parts(spec)
-    return Contestant(name=name, folder=Path(folder), adapter=Path(adapter) if adapter else None)
+    return Contestant(
+        name=name, folder=expanded(folder), adapter=expanded(adapter) if adapter else None
+    )
 
 
 def _first_but(names: Sequence[str], avoided: str) -> str | None:
