@@ -131,6 +131,8 @@ def summarize(
         notes=job.notes,
         renamed=dict(job.change.renamed) if job.change is not None else {},
         left_out=job.change.left_out if job.change is not None else (),
+        faults=listing,
+        hints=hints,
     )
 
 

@@ -455,8 +455,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     anew = make_plan(replace(stopped, restart=True)).summary
     assert anew.goes_on == ""
     assert planned.seconds["requantize"] == pytest.approx(2 / 3 * anew.seconds["requantize"])
-    (fault,) = make_plan(replace(stopped, damping=0.02)).faults
+    other = make_plan(replace(stopped, damping=0.02))
+    (fault,) = other.faults
     assert "holds another run that was stopped: recipe.damping was 0.01, is 0.02" in fault.message
+    assert f"fault: --out: {fault.message}" in render_plan(other.summary)
     told: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(Silent, "warn", lambda _, message: told.append(message))

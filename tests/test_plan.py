@@ -264,7 +264,10 @@ def test_a_disk_or_a_memory_that_is_too_small_is_a_fault(
     assert "error: --out: the run needs about" in told
     assert "hint: free some space" in told
     assert status(["plan", str(file)]) == 1
-    assert "of memory beside the libraries" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of memory beside the libraries" in told
+    assert "fault: --out: the run needs about" in told
+    assert "  hint: free some space" in told
     monkeypatch.setattr(machine, "memory_size", lambda _: plan.summary.memory_bytes - 1)
     assert [fault.where for fault in make_plan(asked).faults] == ["--out", "--memory"]
     assert sorted(asked.out.parent.iterdir()) == before
