@@ -7,6 +7,8 @@ command goes on after the last unit that the journal has.
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -189,24 +191,47 @@ def whole_fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, 
 
 
 def done_before(job: Job) -> frozenset[str]:
-    """The units that a stopped run has finished where this one would work.
+    """The units that a stopped run has finished where this one would work; nothing is written.
 
-    Raises what `Workspace.open` does, but where only the inputs' files differ: to see that takes
-    reading them.
+    Raises what `Workspace.open` does, but where that has to read all that goes in or checks what
+    the journal says: where the inputs' files differ, or the journal is damaged.
     """
     folder = partial(job.recipe.out)
     if not (folder.exists() or folder.is_symlink()):
         return frozenset()
     _refuse_foreign(folder)
-    if job.recipe.restart or not (folder / JOURNAL).exists():
+    if not (folder / JOURNAL).exists():
         return frozenset()
-    with Journal.open(folder / JOURNAL) as journal:
-        events = journal.events()
+    events = _glance(folder / JOURNAL)
+    if job.recipe.restart:
+        return frozenset()
     if events:
         now, before = fingerprint(job), events[0].get("begin", {})
         _compare({key: before[key] for key in now if key in before}, now, folder)
         _refuse_links(folder)
     return frozenset(event["unit"] for event in events if "unit" in event)
+
+
+def _glance(journal: Path) -> list[Mapping[str, Any]]:
+    """The events of a journal up to what is no whole line; its digests are not checked."""
+    events: list[Mapping[str, Any]] = []
+    with translated(journal), journal.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"{journal}: another process is at work in this folder",
+                hint="wait for it to end, or give another --out",
+            ) from error
+        for line in file:
+            try:
+                event = json.loads(line)["event"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                break
+            if not isinstance(event, dict):
+                break
+            events.append(event)
+    return events
 
 
 def _make(folder: Path) -> None:

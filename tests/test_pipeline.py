@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qmerge.cli.outputs import finish
-from qmerge.errors import ModelError, PlanError
+from qmerge.errors import ModelError, PlanError, StorageError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
 from qmerge.pipeline import run
@@ -26,6 +26,7 @@ from qmerge.report import render
 from qmerge.report.plan import render as render_plan
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
+from qmerge.storage.journal import Journal
 
 LENGTH, WINDOWS = 64, 24
 
@@ -449,7 +450,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             run(stopped)
     assert not stopped.out.exists()
     assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
+    journal = tmp_path / "stopped.partial" / "journal.jsonl"
+    held = journal.read_bytes()
+    with Journal.open(journal), pytest.raises(StorageError, match="another process is at work"):
+        make_plan(stopped)
+    os.utime(journal, ns=(0, 0))
     planned = make_plan(stopped).summary
+    assert (journal.read_bytes(), journal.stat().st_mtime_ns) == (held, 0)
     going_on = f"goes on from {tmp_path / 'stopped.partial'}: 2 of 5 units are done"
     assert f"note: {going_on}" in render_plan(planned)
     anew = make_plan(replace(stopped, restart=True)).summary
