@@ -11,7 +11,8 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CorpusError
+from qmerge.options import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,6 +111,19 @@ def load_corpus(
     )
 
 
+def check_spec(spec: str) -> None:
+    """What can be seen of a text without a tokenizer; CorpusError as `load_corpus` has it."""
+    if spec in text_recipes():
+        read_text_recipe(spec)
+    elif spec.startswith("hub:"):
+        _hub_name(spec)
+    else:
+        file, column = split_column(spec)
+        rows = _file_rows(spec, file, column)
+        if not isinstance(rows, str):
+            deque(_cells(spec, rows, column), maxlen=0)
+
+
 def overlap(calibration: Corpus, evaluation: Corpus, *, width: int = 64) -> float:
     """Share of the evaluation's tokens that stand, `width` in a row, in the calibration windows.
 
@@ -158,9 +173,7 @@ def _documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str]
         recipe = read_text_recipe(spec)
         return _from_recipe(spec, recipe, tokenizer), recipe.licence
     if spec.startswith("hub:"):
-        match = _HUB.fullmatch(spec)
-        if match is None:
-            raise CorpusError(f"{spec}: not the name of a dataset", hint=_HUB_HINT)
+        match = _hub_name(spec)
         path = f"{match['org']}/{match['dataset']}"
         rows = _from_hub(spec, path, match["config"], match["split"], match["revision"], None)
         return _from_rows(spec, rows, match["column"], tokenizer), None
@@ -168,17 +181,25 @@ def _documents(spec: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str]
     return _from_file(spec, file, column, tokenizer), None
 
 
+def _hub_name(spec: str) -> re.Match[str]:
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise CorpusError(f"{spec}: not the name of a dataset", hint=_HUB_HINT)
+    return match
+
+
 def split_column(spec: str) -> tuple[Path, str | None]:
     """File and column; a file whose name is the whole SPEC wins."""
+    whole = expanded(spec)
     path, colon, column = spec.rpartition(":")
-    if not colon or _is_file(spec) or Path(path).suffix not in _FILE_SUFFIXES:
-        return Path(spec), None
-    return Path(path), column
+    if not colon or _is_file(whole) or Path(path).suffix not in _FILE_SUFFIXES:
+        return whole, None
+    return expanded(path), column
 
 
-def _is_file(path: str | Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return Path(path).is_file()
+        return path.is_file()
     except OSError:  # a name that is too long, a folder that may not be read
         return False
 
@@ -186,6 +207,12 @@ def _is_file(path: str | Path) -> bool:
 def _from_file(
     spec: str, file: Path, column: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
+    found = _file_rows(spec, file, column)
+    return [found] if isinstance(found, str) else _from_rows(spec, found, column, tokenizer)
+
+
+def _file_rows(spec: str, file: Path, column: str | None) -> str | list[Any]:
+    """The text of a file that is nothing else, the rows of another."""
     if file.suffix not in _FILE_SUFFIXES:
         raise CorpusError(
             f"{spec}: neither a recipe nor a {', '.join(_FILE_SUFFIXES)} file",
@@ -197,11 +224,10 @@ def _from_file(
         if file.suffix == ".txt":
             if column is not None:
                 raise CorpusError(f"{spec}: a text file has no column {column!r}")
-            return [file.read_text("utf-8-sig")]
-        rows = jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
+            return file.read_text("utf-8-sig")
+        return jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{file}: cannot be read: {error}") from error
-    return _from_rows(spec, rows, column, tokenizer)
 
 
 def jsonl_rows(file: Path) -> list[Any]:
@@ -266,7 +292,14 @@ def _from_rows(
     spec: str, rows: Iterable[Any], column: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """One document a row; empty ones count too, as published perplexities have them."""
-    documents: list[str] = []
+    return [
+        _document(where, value, name, tokenizer)
+        for where, value, name in _cells(spec, rows, column)
+    ]
+
+
+def _cells(spec: str, rows: Iterable[Any], column: str | None) -> Iterator[tuple[str, Any, str]]:
+    """Where each row stands, what its column holds, and how that is called."""
     for number, row in enumerate(rows, start=1):
         where = f"{spec}: row {number}"
         if not isinstance(row, dict):
@@ -275,8 +308,7 @@ def _from_rows(
             column = usual_column(where, list(row))
         if column not in row:
             raise CorpusError(f"{where} has no column {column!r}", hint=columns_hint(list(row)))
-        documents.append(_document(where, row[column], column, tokenizer))
-    return documents
+        yield where, row[column], column
 
 
 def usual_column(where: str, columns: list[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
 from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.measure.gate import limits_of, told_limits
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.model.paused import Held
@@ -33,6 +34,8 @@ PAPERS_SECONDS = 3.0
 """Digests of small files, the report's plots and the last rename, on one core of 2023."""
 BESIDE = 128 << 20
 """Bytes that a run of any size takes: what the allocator keeps, digests, the report's plots."""
+WALKED = ("dequantize", "evaluate", "requantize", "write")
+"""Parts of the time that layer after layer takes."""
 DECODING = 20
 """Passes over a weight that decoding and merging it take."""
 
@@ -83,7 +86,10 @@ def walking_bytes(skeleton: Skeleton, streams: int, tokens: int, held: int) -> i
     return max(weights, streams * weights // 4 + (1 + streams) * moving // 2) + held
 
 
-def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> PlanSummary:
+def summarize(
+    recipe: Recipe, job: Job | None, faults: tuple[Fault, ...], done: Collection[str] = ()
+) -> PlanSummary:
+    """`done` are the units that a stopped run has finished."""
     listing = tuple(f"{fault.where}: {fault.message}" for fault in faults)
     hints = tuple(fault.hint or "" for fault in faults)
     if job is None:
@@ -106,6 +112,7 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         quantizer=f"{spec.bits} bits, group {spec.group_size}, "
         f"{'symmetric' if spec.symmetric else 'asymmetric'}, act-order {job.settings.order}, "
         f"format {job.settings.format}",
+        limits=tuple(told_limits(limits_of(recipe))),
         corpora=tuple(
             f"{c.name}: {c.tokens.shape[0]} x {c.tokens.shape[1]} tokens of {c.source}"
             for c in (job.calibration, *job.evaluation)
@@ -119,11 +126,20 @@ def summarize(recipe: Recipe, job: Job | None, faults: tuple[Fault, ...]) -> Pla
         memory_bytes=memory_bytes(job),
         device_bytes=memory_bytes(job) if job.device.type != "cpu" else 0,
         device=str(job.device),
-        seconds=seconds(job),
+        seconds=seconds(job, done),
+        goes_on=_goes_on(job, done),
         notes=job.notes,
         renamed=dict(job.change.renamed) if job.change is not None else {},
         left_out=job.change.left_out if job.change is not None else (),
+        faults=listing,
+        hints=hints,
     )
+
+
+def _goes_on(job: Job, done: Collection[str]) -> str:
+    units = len(job.skeleton.units())
+    where = partial(job.recipe.out)
+    return f"goes on from {where}: {len(done)} of {units} units are done" if done else ""
 
 
 def _adapter(job: Job) -> str:
@@ -183,6 +199,16 @@ def memory_bytes(job: Job) -> int:
     held = windows * job.held.of(streams) if job.waiting else at_once * streams * job.held.alone
     layer = walking_bytes(job.skeleton, streams, at_once * length, length * held)
     return BESIDE + _seen_bytes(job) + max(layer, _tower_bytes(job), _scoring_bytes(job))
+
+
+def memory_notes(job: Job) -> Iterator[str]:
+    """Where a run in its smallest pieces takes more than it was told to plan for."""
+    needed = memory_bytes(job)
+    if needed > job.recipe.memory:
+        yield (
+            f"--memory is {_mib(job.recipe.memory)}, and the run needs about {_mib(needed)} beside"
+            " the libraries"
+        )
 
 
 def _scoring_bytes(job: Job) -> int:
@@ -257,8 +283,16 @@ def _mib(count: int) -> str:
     return f"{count >> 20} MiB"
 
 
-def seconds(job: Job) -> dict[str, float]:
-    """Seconds of a run by its parts, named as the timings of a report are."""
+def seconds(job: Job, done: Collection[str] = ()) -> dict[str, float]:
+    """Seconds of a run by its parts, named as the timings of a report are, without what went into
+    the layers that are done."""
+    units = [unit.label for unit in job.skeleton.units() if unit.kind == "layer"]
+    left = sum(unit not in done for unit in units) / len(units)
+    whole = _whole_seconds(job)
+    return {part: took * (left if part in WALKED else 1) for part, took in whole.items()}
+
+
+def _whole_seconds(job: Job) -> dict[str, float]:
     device, layers, hidden = job.device, job.skeleton.layer_count, job.skeleton.hidden_size
     reduced = _reduced(job)
     forward = machine.layer_seconds(job.skeleton, job.calibration.tokens.shape[1], device)

@@ -38,11 +38,13 @@ from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
 from qmerge.texts import (
     TOKENS_AT_ONCE,
+    check_texts,
     check_tokens,
     evaluation_texts,
     load_tokenizer,
     tokenizer_home,
     window_length,
+    window_notes,
 )
 from qmerge.tuning import Tuning, open_tuning, tuning_notes
 
@@ -93,13 +95,13 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
     progress.stage("open", 1)
     progress.step("reading headers")
     with meter.stage("open"):
-        models, corpora = _open(recipe)
+        models, corpora, device = _open(recipe)
         inputs = _inputs(models)
         kept = _recorded_survival(recipe, models, inputs)
-    notes = tuple(f"{model.name}: {note}" for model in models for note in model.notes)
+    own = (f"{model.name}: {note}" for model in models for note in model.notes)
+    notes = (*own, *window_notes(recipe, corpora))
     for note in notes:
         progress.warn(note)
-    device = pick_device(recipe.device)
     with tempfile.TemporaryDirectory(prefix="qmerge-") as folder:
         frames, streams = {}, {}
         for number, model in enumerate(models):
@@ -135,9 +137,11 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
     return replace(result, gate=check_limits(result, limits_of(recipe), kept))
 
 
-def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
-    faults = Faults()
+def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...], torch.device]:
+    faults, device = Faults(), torch.device("cpu")
     faults.found += recipe.faults()
+    with faults.at("--device"):
+        device = pick_device(recipe.device)
     models: list[Model] = []
     for asked in recipe.contestants():
         with faults.at(asked.name):
@@ -146,9 +150,11 @@ def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
     if not faults.found:
         with faults.at("tokenizer"):
             corpora = _texts(models, recipe, faults)
+    else:
+        check_texts(recipe, faults)
     if faults.found:
         raise PlanError(faults.found)
-    return models, corpora
+    return models, corpora, device
 
 
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:

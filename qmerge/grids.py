@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ MIXED = (
 RANDOM = "transformers leaves the experts of a {} release random"
 GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """Names that gptqmodel 7.6 finds packed experts by; Mixtral's on disk are others."""
+NUMBERED = re.compile(r"(?<![^.])\d+(?=\.)")
+"""In a name, which one of several modules it is: an expert."""
 
 
 def grids(
@@ -70,36 +73,39 @@ def grids(
 
 
 def torn(
+    recipe: Recipe,
     skeleton: Skeleton,
     specs: Mapping[str, GridSpec],
     siblings: frozenset[tuple[str, ...]],
     targets: frozenset[str],
 ) -> list[Fault]:
-    """Linears that servers fuse, with different grids. What is no target, no override made so."""
-    faults = []
-    for index in range(skeleton.layer_count):
-        path = skeleton.layer_path(index)
+    """Linears that servers fuse, with different grids: one fault for all layers. What is no target,
+    no override made so."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    paths = [skeleton.layer_path(index) for index in range(skeleton.layer_count)]
+    for path in paths:
         for group in sorted(siblings):
-            fused = _fused([join(path, name) for name in group])
-            faults += [
-                Fault(
-                    where="--override",
-                    message=f"gives {' and '.join(names)}, which servers fuse, different grids",
-                    hint="let the pattern fit all of them or none",
-                )
-                for names in fused
-                if len({specs.get(name) for name in names if name in targets}) > 1
-            ]
+            for fused in _fused(group):
+                names = tuple(join(path, name) for name in fused)
+                if len({specs.get(name) for name in names if name in targets}) > 1:
+                    like = tuple(NUMBERED.sub("*", name) for name in fused)
+                    found.setdefault(like, []).append(names)
+    faults = [_torn(recipe, like, groups, paths) for like, groups in found.items()]
+    apart = []
     for path, block in blocks_of(skeleton.model):
         experts = {join(path, module_of(name)) for name, _ in block.named_parameters()}
         if len({specs.get(name) for name in experts & targets}) > 1:
-            faults.append(
-                Fault(
-                    where="--override",
-                    message=f"gives experts of {path}, which servers run together, different grids",
-                    hint="let the pattern fit all experts of a block or none: '*.experts.*'",
-                )
+            apart.append(path)
+    if apart:
+        more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+        faults.append(
+            Fault(
+                where="--override",
+                message=f"gives experts of {apart[0]}{more}, which servers run together, different"
+                " grids",
+                hint="let the pattern fit all experts of a block or none: '*.experts.*'",
             )
+        )
     return faults
 
 
@@ -111,14 +117,44 @@ def beside(
     for index in range(skeleton.layer_count):
         path = skeleton.layer_path(index)
         for group in sorted(siblings):
-            for names in _fused([join(path, name) for name in group]):
+            for names in _fused(tuple(join(path, name) for name in group)):
                 dense = [name.rpartition(".")[2] for name in names if name not in targets]
                 if 0 < len(dense) < len(names):
                     found[tuple(dense)] = None
     return [MIXED.format(" and ".join(names)) for names in found]
 
 
-def _fused(group: list[str]) -> list[list[str]]:
+def _torn(
+    recipe: Recipe, like: tuple[str, ...], groups: list[tuple[str, ...]], paths: list[str]
+) -> Fault:
+    """The fault of one kind of siblings, with a pattern that fits all of them where it fits any."""
+    layers = [path for path in paths if any(name.startswith(f"{path}.") for name, *_ in groups)]
+    where = layers[0] if len(layers) == 1 else f"{len(layers)} layers"
+    parent, last = module_of(like[0]), "|".join(name.rpartition(".")[2] for name in like)
+    before = "" if len(layers) == len(paths) else f"{module_of(layers[0])}.({_numbers(layers)})."
+    inside = f"{before}{parent}." if parent else before
+    pattern = ("" if before else r".*\.") + inside.replace(".", r"\.").replace("*", r"\d+")
+    return Fault(
+        where="--override",
+        message=f"gives {' and '.join(like)} of {where}, which servers fuse, different grids",
+        hint="let the pattern fit all of them or none, as in"
+        f" --override 're:{pattern}({last})={_tearing(recipe, groups[0])}'",
+    )
+
+
+def _numbers(layers: list[str]) -> str:
+    return "|".join(path.rpartition(".")[2] for path in layers)
+
+
+def _tearing(recipe: Recipe, names: tuple[str, ...]) -> str:
+    """The settings of the last override that fits some of the siblings only."""
+    for text, override in reversed([*zip(recipe.override, recipe.overrides(), strict=True)]):
+        if 0 < sum(matches(override.pattern, name) for name in names) < len(names):
+            return text.rpartition("=")[2]
+    return "SETTINGS"
+
+
+def _fused(group: tuple[str, ...]) -> list[list[str]]:
     """Siblings of one module; where it is known what vLLM makes of them, those of one such."""
     fused: dict[tuple[str, str | None], list[str]] = {}
     for name in group:

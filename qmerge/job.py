@@ -132,7 +132,5 @@ def pick_device(asked: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(asked)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"--device {asked}: this machine has no such device", hint="use --device cpu"
-        )
+        raise ModelError(f"{asked}: this machine has no such device", hint="use --device cpu")
     return device

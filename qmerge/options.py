@@ -29,12 +29,21 @@ class Kind:
     metavar: str
     read: Callable[[object], Any]
     many: bool = False  # the flag may be repeated, the key holds a list
+    write: Callable[[Any], object] = lambda value: value  # what `read` takes for that value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("is not a text")
     return value
+
+
+def expanded(path: str) -> Path:
+    """With a home folder for a `~` at its start; as it stands where nobody has that one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _path(value: object) -> Path:
@@ -80,9 +89,13 @@ def _fraction(value: object) -> float:
     return number
 
 
+def _per_cent(value: object) -> bool:
+    return isinstance(value, str) and value.strip().endswith("%")
+
+
 def _share(value: object) -> float:
     """0.01 and "1%" are the same share."""
-    per_cent = isinstance(value, str) and value.strip().endswith("%")
+    per_cent = _per_cent(value)
     text = value.strip()[:-1] if isinstance(value, str) and per_cent else value
     try:
         number = float(text) if isinstance(text, str | int | float) else math.nan
@@ -93,6 +106,33 @@ def _share(value: object) -> float:
     return number / 100 if per_cent else number
 
 
+MOST_SURVIVAL = 2.0  # an update may come out larger than it was, but not by much
+
+
+def _part(value: object, *, most: float) -> float:
+    """A share that cannot be above `most`; 95 for 95% is."""
+    number = _share(value)
+    if number <= most:
+        return number
+    if _per_cent(value) or number > 100 * most:
+        raise ValueError(f"is {100 * number:g}%, and {100 * most:g}% is the most there can be")
+    raise ValueError(f"is {100 * number:g}%; write {number:g}% or {number / 100:g}")
+
+
+def _increase(value: object) -> float:
+    """A share that may be above 1, but not by a slip: 1 for 1% is refused."""
+    number = _share(value)
+    if number < 1 or _per_cent(value):
+        return number
+    told = f"{100 * number:g}%"
+    raise ValueError(f"is {told}: write {number:g}% for {number:g} per cent, {told} for that")
+
+
+def _written_increase(number: float | None) -> float | str | None:
+    return number if number is None or number < 1 else f"{100 * number:.15g}%"
+
+
+LEAST_MEMORY = 1 << 20  # below it a unit has been forgotten
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -102,6 +142,10 @@ def _nbytes(value: object) -> int:
     size = int(float(match[1] + (match[2] or "")) * _UNITS[match[3].lower()]) if match else 0
     if size < 1:
         raise ValueError("is not a size such as 4GiB or 800MiB")
+    if size < LEAST_MEMORY:
+        unit = "GiB" if size < 1 << 10 else "MiB"
+        meant = f"; write {size}{unit}" if str(value).strip().isdigit() else ", less than 1MiB"
+        raise ValueError(f"is {size} byte{'s' * (size != 1)}{meant}")
     return size
 
 
@@ -142,6 +186,9 @@ FILE = Kind(metavar="FILE", read=_path)
 WINDOWS = Kind(metavar="N|all", read=_whole_or_all)
 FRACTION = Kind(metavar="X", read=_fraction)
 SHARE = Kind(metavar="X|X%", read=_share)
+PART = Kind(metavar="X|X%", read=lambda value: _part(value, most=1.0))
+INCREASE = Kind(metavar="X|X%", read=_increase, write=_written_increase)
+SURVIVAL = Kind(metavar="X|X%", read=lambda value: _part(value, most=MOST_SURVIVAL))
 NBYTES = Kind(metavar="SIZE", read=_nbytes)
 DEVICE = Kind(metavar="DEVICE", read=_device)
 SWITCH = Kind(metavar="", read=_switch)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from qmerge import __version__
-from qmerge.corpus import overlap
 from qmerge.errors import ModelError
 from qmerge.grids import opened_by
 from qmerge.job import Job
@@ -28,7 +27,6 @@ from qmerge.measure.remedy import pooled, survival_warning
 from qmerge.meter import Meter
 from qmerge.model.skeleton import auto_class
 from qmerge.names import WEIGHT, module_of
-from qmerge.options import options
 from qmerge.plan import make_plan
 from qmerge.precision import precision_on
 from qmerge.progress import Progress, Silent
@@ -62,7 +60,6 @@ from qmerge.results import (
     Remedy,
     RunResult,
     StrategyResult,
-    encode,
 )
 from qmerge.stages.evaluate import Scored
 from qmerge.stages.substitute import likeness, unlike
@@ -70,7 +67,7 @@ from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
 from qmerge.walk import NOISE, REFERENCE, Walk, merged_arm, release_arm
-from qmerge.workspace import Workspace
+from qmerge.workspace import Workspace, whole_fingerprint
 
 RELEASE = "release"
 DENSE = "dense"
@@ -102,9 +99,12 @@ def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
         plan = make_plan(recipe)
         job = plan.ready()
     progress.step(needs(plan.summary))
+    if plan.summary.goes_on:
+        progress.warn(plan.summary.goes_on)
     with meter.stage("digest"):
         inputs = _hash_inputs(job, progress)
-    with Workspace.open(recipe.out, _fingerprint(job, inputs), restart=recipe.restart) as workspace:
+    same = whole_fingerprint(job, inputs)
+    with Workspace.open(recipe.out, same, restart=recipe.restart) as workspace:
         job = _compared(job, progress, resumed=bool(workspace.finished()))
         for note in job.notes:
             progress.warn(note)
@@ -175,19 +175,6 @@ def _saved_beside(job: Job) -> list[Path]:
     if state is None or home != state.parent or home in folders:
         return []
     return [*tokenizer_files(home).values()]
-
-
-def _fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
-    """What must be the same for a stopped run to be gone on with."""
-    asked = {
-        each.name: encode(getattr(job.recipe, each.name))
-        for each in options(Recipe)
-        if not each.transient and each.name != "out"
-    }
-    texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
-    files = {role: dict(record.files) for role, record in inputs.items()}
-    made_by = {"qmerge": __version__, **versions(), "device": job.device.type}
-    return encode({"made by": made_by, "recipe": asked, "inputs": files, "texts": texts})  # type: ignore[no-any-return]
 
 
 def _rounded(job: Job) -> dict[str, str]:
@@ -271,7 +258,6 @@ def _result(
         versions=versions() | _rounded(job),
         warnings=(
             *job.notes,
-            *_overlaps(job),
             *_fallbacks(layers),
             *([weak] if weak else []),
         ),
@@ -368,15 +354,6 @@ def _worst(job: Job, scored: Sequence[Scored], chosen: str) -> dict[str, Any]:
         )
         for found in scored
     }
-
-
-def _overlaps(job: Job) -> Iterator[str]:
-    for corpus in job.evaluation:
-        if overlap(job.calibration, corpus):
-            yield (
-                f"calibration and evaluation text {corpus.name} overlap: "
-                "the release has been fitted to text that it is scored on"
-            )
 
 
 def _remedies(job: Job, layers: Sequence[LayerResult]) -> Iterator[Remedy]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmerge.adapters import open_adapter
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError, RecipeError
-from qmerge.estimate import room_faults, summarize, waiting_bytes, walking_bytes
+from qmerge.estimate import memory_notes, room_faults, summarize, waiting_bytes, walking_bytes
 from qmerge.formats.padded import PaddedReader
 from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, loaded_dtype
 from qmerge.gptq import GridSpec
@@ -37,15 +38,21 @@ from qmerge.texts import (
     OFFLINE_EVALUATION,
     TOKENS_AT_ONCE,
     calibration_text,
+    check_calibration,
+    check_texts,
     check_tokens,
     evaluation_texts,
+    fewer,
     load_processor,
     load_tokenizer,
+    overlap_notes,
     tokenizer_home,
     window_length,
+    window_notes,
 )
 from qmerge.training import Decision, decide
 from qmerge.tuning import Tuning, open_tuning, tuning_notes
+from qmerge.workspace import done_before
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
@@ -87,16 +94,39 @@ def make_plan(recipe: Recipe) -> Plan:
     keep_freed()
     faults = Faults()
     job = _make_job(recipe, faults)
-    faults.found += room_faults(job) if job else []
-    found = tuple(dict.fromkeys(faults.found))
-    return Plan(faults=found, job=None if found else job, summary=summarize(recipe, job, found))
+    done: frozenset[str] = frozenset()
+    if job is not None:
+        job = dataclasses.replace(job, notes=(*job.notes, *memory_notes(job)))
+        faults.found += room_faults(job)
+        done = _done_before(job, faults)
+    found = _once(faults.found)
+    summary = summarize(recipe, job, found, done)
+    return Plan(faults=found, job=None if found else job, summary=summary)
+
+
+def _once(faults: Iterable[Fault]) -> tuple[Fault, ...]:
+    """Each where it was met first: a pattern that is none is in the way of several checks."""
+    first: dict[tuple[str, str | None], Fault] = {}
+    for fault in faults:
+        first.setdefault((fault.message, fault.hint), fault)
+    return tuple(first.values())
+
+
+def _done_before(job: Job, faults: Faults) -> frozenset[str]:
+    """Units that need not be done again. `StorageError`, which is no fault of the recipe, where
+    the folder is damaged or another process is at work in it."""
+    try:
+        return done_before(job)
+    except RecipeError as error:
+        faults.found.append(Fault(where="--out", message=error.message, hint=error.hint))
+        return frozenset()
 
 
 def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
     _check_out(recipe, faults)
-    skeleton = base = original = previous = settings = None
+    skeleton = base = original = previous = settings = device = None
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
     specs: dict[str, GridSpec] = {}
     siblings: frozenset[tuple[str, ...]] = frozenset()
@@ -122,17 +152,23 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
             faults.found.append(NO_ORIGINAL)
         with faults.at("--previous"):
             previous = _open_previous(recipe, plain, skeleton)
-        with faults.at("--bits, --group-size"):
-            settings = _settings(recipe, base)
+        spec = _spec(recipe, base)
+        with faults.at("--format"):
+            settings = _settings(recipe, spec)
+        with faults.at("--override"):
             targets, head = _targets(base, skeleton), skeleton.head()
             tied = head + WEIGHT in skeleton.tied()
-            specs = grids(recipe, targets, settings.spec, faults, head=head, tied=tied)
+            specs = grids(recipe, targets, spec, faults, head=head, tied=tied)
             faults.found += misfits(skeleton, specs)
-            faults.found += torn(skeleton, specs, siblings, targets)
+            faults.found += torn(recipe, skeleton, specs, siblings, targets)
             notes += beside(skeleton, targets, siblings)
+        if settings is not None:
             notes += serving_notes(settings.format, skeleton, specs)
-        texts = _texts(recipe, skeleton, tokenizer_folder, faults, notes, scored=scored)
-    if faults.found or not (skeleton and base and loaded and settings and texts):
+    opened = skeleton if base is not None else None
+    texts = _texts(recipe, opened, tokenizer_folder, faults, notes, scored=scored)
+    with faults.at("--device"):
+        device = pick_device(recipe.device)
+    if faults.found or not (skeleton and base and loaded and settings and texts and device):
         return None
     notes += _left_dense(skeleton)
     if tokenizer_folder != recipe.base:
@@ -141,6 +177,9 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
         folders = (recipe.base, recipe.original or recipe.base)
         notes += tuning_notes(tuning, *folders)
     calibration, evaluation = texts
+    notes += fewer(calibration, recipe.calibration_samples)
+    notes += window_notes(recipe, evaluation)
+    notes += overlap_notes(calibration, evaluation)
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
     held = waiting_bytes(skeleton, calibration.tokens.shape[1], siblings)
     return Job(
@@ -160,7 +199,7 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
         at_once=at_once,
         held=held,
         waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once, held),
-        device=pick_device(recipe.device),
+        device=device,
         notes=tuple(notes),
     )
 
@@ -280,22 +319,29 @@ def _open_previous(recipe: Recipe, plain: Skeleton, skeleton: Skeleton) -> Weigh
 
 def _texts(
     recipe: Recipe,
-    skeleton: Skeleton,
+    skeleton: Skeleton | None,
     home: Path,
     faults: Faults,
     notes: list[str],
     *,
     scored: bool,
 ) -> tuple[Corpus, tuple[Corpus, ...]] | None:
+    """The texts in windows. Where the base or its tokenizer has faults of its own, what can be seen
+    of the files without them is told too."""
     calibration = tokenizer = None
     length = 0
-    with faults.at("--sequence-length"):
-        length = window_length(recipe.sequence_length, skeleton)
-    with faults.at("tokenizer"):
-        trust = recipe.trust_remote_code
-        tokenizer = load_tokenizer(home, trust_remote_code=trust)
-        check_tokens(tokenizer, home, recipe.base, vocabulary_of(skeleton), trust=trust)
+    if skeleton is not None:
+        with faults.at("--sequence-length"):
+            length = window_length(recipe.sequence_length, skeleton)
+        with faults.at("tokenizer"):
+            trust = recipe.trust_remote_code
+            tokenizer = load_tokenizer(home, trust_remote_code=trust)
+            check_tokens(tokenizer, home, recipe.base, vocabulary_of(skeleton), trust=trust)
     if not length or tokenizer is None:
+        with faults.at("--calibration"):
+            check_calibration(recipe.calibration or OFFLINE_CALIBRATION)
+        if scored:
+            check_texts(recipe, faults)
         return None
     with faults.at("--calibration"):
         trusted = recipe.trust_remote_code
@@ -316,32 +362,35 @@ def _texts(
     return (calibration, evaluation) if calibration and (evaluation or not scored) else None
 
 
-def _settings(recipe: Recipe, base: Weights) -> Settings:
+def _spec(recipe: Recipe, base: Weights) -> GridSpec:
     """What was asked, else what a GPTQ base has, else 4 bits in symmetric groups of 128."""
     summary = base.format.summary
     like = summary if summary.method.startswith("gptq") else None
     group = like.group_size if like and like.group_size in SERVED_GROUPS else DEFAULT_GROUP
     bits = like.bits if like and like.bits else DEFAULT_BITS
     symmetric = like.symmetric if like and like.symmetric is not None else True
-    symmetric = symmetric if recipe.symmetric is None else recipe.symmetric
-    if recipe.format == "gptq" and not symmetric:
+    return GridSpec(
+        bits=recipe.bits or bits,
+        group_size=recipe.group_size or group,
+        symmetric=symmetric if recipe.symmetric is None else recipe.symmetric,
+    )
+
+
+def _settings(recipe: Recipe, spec: GridSpec) -> Settings:
+    if recipe.format == "gptq" and not spec.symmetric:
         raise RecipeError(
-            "--format gptq (v1) is for symmetric grids: readers disagree about its zero points",
+            "gptq (v1) is for symmetric grids: readers disagree about its zero points",
             hint="use --format gptq_v2 or compressed-tensors, or --sym",
         )
     return Settings(
-        spec=GridSpec(
-            bits=recipe.bits or bits,
-            group_size=recipe.group_size or group,
-            symmetric=symmetric,
-        ),
+        spec=spec,
         order=recipe.act_order,
         damping=recipe.damping,
         grid=recipe.grid,
         unit_survival=recipe.unit_survival,
         refine=recipe.refine,
         asymmetric=recipe.objective == "asymmetric",
-        format=recipe.format or ("gptq" if symmetric else "gptq_v2"),
+        format=recipe.format or ("gptq" if spec.symmetric else "gptq_v2"),
     )
 
 

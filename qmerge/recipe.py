@@ -7,12 +7,13 @@ about whether its paths exist or its models fit together: that is the plan's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qmerge.errors import Fault, RecipeError
+from qmerge.names import matches
 from qmerge.options import (
     ADAPTERS,
     BASE_QUANT,
@@ -21,15 +22,19 @@ from qmerge.options import (
     FILE,
     FOLDER,
     FRACTION,
+    INCREASE,
     NBYTES,
     OVERRIDES,
+    PART,
     PATTERNS,
     SHARE,
     SPEC,
+    SURVIVAL,
     SWITCH,
     TEXT,
     WINDOWS,
     choice,
+    expanded,
     option,
     options,
     whole,
@@ -69,7 +74,7 @@ def _survival_limit(
     help: str = "Lowest survival of the adapter over the whole model.",
 ) -> Any:
     """Of the jobs that know how much of an adapter was left."""
-    return option(None, SHARE, "Gate", help, unset="no limit")
+    return option(None, SURVIVAL, "Gate", help, unset="no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,10 @@ class Scoring:
         unset="the offline recipe",
     )
     eval_windows: int | Literal["all"] = option(
-        256, WINDOWS, "Text", "Windows of each evaluation text that are scored, from its start."
+        256,
+        WINDOWS,
+        "Text",
+        "Windows of each evaluation text that are scored, from its start; at most what it holds.",
     )
     sequence_length: int | None = option(
         None,
@@ -99,19 +107,13 @@ class Scoring:
     device: str = option(
         "auto", DEVICE, "Machine", "Where layers are run: auto, cpu, cuda or cuda:N."
     )
-    memory: int = option(
-        4 << 30,
-        NBYTES,
-        "Machine",
-        "Memory to plan for. What does not fit is worked in micro-batches and spilled to disk.",
-    )
     trust_remote_code: bool = option(
         False, SWITCH, "Machine", "Run model code that comes with the checkpoint."
     )
 
     max_ppl_increase: float | None = option(
         None,
-        SHARE,
+        INCREASE,
         "Gate",
         "Highest increase of perplexity against the reference, on every corpus.",
         unset="no limit",
@@ -125,7 +127,7 @@ class Scoring:
     )
     min_same_top: float | None = option(
         None,
-        SHARE,
+        PART,
         "Gate",
         "Lowest share of tokens on which the likeliest one is the reference's, on every corpus.",
         unset="no limit",
@@ -149,8 +151,8 @@ class Scoring:
         """The recipe as a file that `qmerge run` reads; equal recipes give equal text."""
         import yaml
 
-        keys = [each.name for each in options(type(self)) if not each.transient]
-        plain = {key: _plain(getattr(self, key)) for key in keys}
+        keys = [each for each in options(type(self)) if not each.transient]
+        plain = {each.name: each.kind.write(_plain(getattr(self, each.name))) for each in keys}
         readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         if yaml.safe_load(readable) == plain:
             return readable
@@ -248,7 +250,9 @@ class Recipe(Scoring):
         "Text that the quantizer sees; SPEC as for --eval.",
         unset="the offline recipe; text of the adapter's own kind is better",
     )
-    calibration_samples: int = option(128, whole(1), "Text", "Windows of calibration text.")
+    calibration_samples: int = option(
+        128, whole(1), "Text", "Windows of calibration text; at most what it holds."
+    )
     bits: int | None = option(
         None, choice(2, 3, 4, 8), "Quantizer", "Bits of a code.", unset="a GPTQ base's, else 4"
     )
@@ -324,6 +328,13 @@ class Recipe(Scoring):
         unset="gptq, or gptq_v2 with --asym",
     )
     min_survival: float | None = _survival_limit()
+    memory: int = option(
+        4 << 30,
+        NBYTES,
+        "Machine",
+        "Memory to plan for, beside that of the imported libraries. What does not fit is worked in"
+        " micro-batches and spilled to disk.",
+    )
     seed: int = option(0, whole(0), "Machine", "Seed of everything that is drawn.")
     restart: bool = option(
         False,
@@ -347,12 +358,17 @@ class Recipe(Scoring):
         return tuple(map(_override, self.override))
 
     def faults(self) -> tuple[Fault, ...]:
-        found = super().faults()
-        try:
-            self.overrides()
-        except RecipeError as error:
-            found += (Fault(where="--override", message=error.message, hint=error.hint),)
-        return found
+        return super().faults() + tuple(self._unreadable())
+
+    def _unreadable(self) -> Iterator[Fault]:
+        """Overrides that say nothing, and patterns that are none."""
+        given = {"--only": self.only, "--except": self.exclude, "--override": self.override}
+        for flag, texts in given.items():
+            for text in texts:
+                try:
+                    matches(_override(text).pattern if flag == "--override" else text, "")
+                except RecipeError as error:
+                    yield Fault(where=flag, message=error.message, hint=error.hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +384,9 @@ def _weighted(text: str) -> WeightedAdapter:
     folder, _, number = text.rpartition("@")
     try:
         return (
-            WeightedAdapter(folder=Path(folder), weight=float(number)) if folder else _whole(text)
+            WeightedAdapter(folder=expanded(folder), weight=float(number))
+            if folder
+            else _whole(text)
         )
     except ValueError:
         return _whole(text)
@@ -408,7 +426,7 @@ def _override(text: str) -> Override:
 
 
 def _whole(text: str) -> WeightedAdapter:
-    return WeightedAdapter(folder=Path(text).expanduser(), weight=1.0)
+    return WeightedAdapter(folder=expanded(text), weight=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,7 +549,9 @@ def _parts(spec: str) -> tuple[str, str]:
 
 def _contestant(name: str, spec: str) -> Contestant:
     folder, adapter = _parts(spec)
-    return Contestant(name=name, folder=Path(folder), adapter=Path(adapter) if adapter else None)
+    return Contestant(
+        name=name, folder=expanded(folder), adapter=expanded(adapter) if adapter else None
+    )
 
 
 def _first_but(names: Sequence[str], avoided: str) -> str | None:

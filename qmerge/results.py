@@ -473,6 +473,7 @@ class PlanSummary:
     original: str | None = None
     strategies: tuple[str, ...] = ()
     quantizer: str = ""
+    limits: tuple[str, ...] = ()
     corpora: tuple[str, ...] = ()
     at_once: int = 0
     waiting: bool = True
@@ -485,7 +486,9 @@ class PlanSummary:
     """Of `device`, where that is not the host."""
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By parts of the work, named as the timings of a run are."""
+    """By parts of the work that is left, named as the timings of a run are."""
+    goes_on: str = ""
+    """What a stopped run has done already."""
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()

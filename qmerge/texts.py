@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, load_corpus
+from qmerge.corpus import Corpus, check_spec, load_corpus, overlap
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
@@ -143,11 +143,7 @@ def evaluation_texts(
     found = []
     for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
         with faults.at(f"--eval {text.spec}"):
-            if image_rows(text.spec) is not None:
-                raise CorpusError(
-                    f"{text.spec} holds images, and only calibration text may",
-                    hint="score on text; the rows of a file without the images will do",
-                )
+            _refuse_images(text.spec)
             found.append(
                 load_corpus(
                     text.spec,
@@ -160,3 +156,50 @@ def evaluation_texts(
                 )
             )
     return tuple(found)
+
+
+def check_texts(scoring: Scoring, faults: Faults) -> None:
+    """What can be seen of the evaluation texts where there is no tokenizer for them."""
+    for text in scoring.eval_texts():
+        with faults.at(f"--eval {text.spec}"):
+            _refuse_images(text.spec)
+            check_spec(text.spec)
+
+
+def check_calibration(spec: str) -> None:
+    """The same of calibration text; what rows with images lack, their processor says."""
+    if image_rows(spec) is None:
+        check_spec(spec)
+
+
+def _refuse_images(spec: str) -> None:
+    if image_rows(spec) is not None:
+        raise CorpusError(
+            f"{spec} holds images, and only calibration text may",
+            hint="score on text; the rows of a file without the images will do",
+        )
+
+
+def overlap_notes(calibration: Corpus, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
+    """How much of what will be scored the quantizer sees before."""
+    for corpus in evaluation:
+        if share := overlap(calibration, corpus):
+            yield (
+                f"evaluation text {corpus.name}: {100 * share:.3g}% of its tokens stand in the"
+                " calibration text, to which the release is fitted"
+            )
+
+
+def window_notes(scoring: Scoring, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
+    """Evaluation texts that hold less than was asked for."""
+    if scoring.eval_windows != "all":
+        for corpus in evaluation:
+            yield from fewer(corpus, scoring.eval_windows)
+
+
+def fewer(corpus: Corpus, asked: int) -> Iterator[str]:
+    """A note where a text does not hold the windows that were asked for."""
+    held, length = corpus.windows_available, corpus.tokens.shape[1]
+    if held < asked:
+        windows = f"{held} window{'s' * (held != 1)} of {length} tokens"
+        yield f"{corpus.source} holds {windows}, {asked} were asked for"

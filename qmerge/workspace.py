@@ -7,6 +7,8 @@ command goes on after the last unit that the journal has.
 
 from __future__ import annotations
 
+import fcntl
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,8 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from qmerge import __version__
 from qmerge.errors import RecipeError, StorageError
-from qmerge.job import partial
+from qmerge.job import Job, partial
+from qmerge.options import options
+from qmerge.provenance import versions
+from qmerge.recipe import Recipe
+from qmerge.results import InputRecord, encode
 from qmerge.storage.journal import RESTART_HINT, Journal
 from qmerge.storage.shards import ShardRecord, sha256_file, sync_folder, translated
 
@@ -166,14 +173,80 @@ class Workspace:
         self.close()
 
 
+def fingerprint(job: Job) -> dict[str, Any]:
+    """What must be the same for a stopped run to be gone on with, but for the inputs' digests."""
+    asked = {
+        each.name: encode(getattr(job.recipe, each.name))
+        for each in options(Recipe)
+        if not each.transient and each.name != "out"
+    }
+    texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
+    made_by = {"qmerge": __version__, **versions(), "device": job.device.type}
+    return encode({"made by": made_by, "recipe": asked, "texts": texts})  # type: ignore[no-any-return]
+
+
+def whole_fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
+    """The same with the digests of all files that go in."""
+    return fingerprint(job) | {"inputs": {role: dict(each.files) for role, each in inputs.items()}}
+
+
+def done_before(job: Job) -> frozenset[str]:
+    """The units that a stopped run has finished where this one would work; nothing is written.
+
+    Raises what `Workspace.open` does, but where that has to read all that goes in or checks what
+    the journal says: where the inputs' files differ, or the journal is damaged.
+    """
+    folder = partial(job.recipe.out)
+    if not (folder.exists() or folder.is_symlink()):
+        return frozenset()
+    _refuse_foreign(folder)
+    if not (folder / JOURNAL).exists():
+        return frozenset()
+    events = _glance(folder / JOURNAL)
+    if job.recipe.restart:
+        return frozenset()
+    if events:
+        now, before = fingerprint(job), events[0].get("begin", {})
+        _compare({key: before[key] for key in now if key in before}, now, folder)
+        _refuse_links(folder)
+    return frozenset(event["unit"] for event in events if "unit" in event)
+
+
+def _glance(journal: Path) -> list[Mapping[str, Any]]:
+    """The events of a journal up to what is no whole line; its digests are not checked."""
+    events: list[Mapping[str, Any]] = []
+    with translated(journal), journal.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"{journal}: another process is at work in this folder",
+                hint="wait for it to end, or give another --out",
+            ) from error
+        for line in file:
+            try:
+                event = json.loads(line)["event"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                break
+            if not isinstance(event, dict):
+                break
+            events.append(event)
+    return events
+
+
 def _make(folder: Path) -> None:
     """The folder, new or left by a run; `RecipeError` where it is somebody else's."""
     with translated(folder):
         if not folder.is_symlink():
             folder.mkdir(parents=True, exist_ok=True)
             sync_folder(folder.absolute().parent)
-            if (folder / JOURNAL).exists() or not any(folder.iterdir()):
-                return
+    _refuse_foreign(folder)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    with translated(folder):
+        if not folder.is_symlink() and ((folder / JOURNAL).exists() or not any(folder.iterdir())):
+            return
     raise RecipeError(
         f"{folder} is there, and no run has left it",
         hint="move it away, or give another --out: a run works in a folder of that name",

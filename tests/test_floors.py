@@ -40,6 +40,8 @@ FLOORS = (
         name="intent",
         modules=(
             "job",
+            "provenance",
+            "workspace",
             "images",
             "texts",
             "machine",
@@ -56,8 +58,6 @@ FLOORS = (
     Floor(
         name="conduct",
         modules=(
-            "workspace",
-            "provenance",
             "release",
             "walk",
             "pipeline",
@@ -71,7 +71,7 @@ FLOORS = (
         ),
         ladder=True,
     ),
-    Floor(name="door", modules=("cli",)),
+    Floor(name="door", modules=("cli", "__main__"), ladder=True),
 )
 
 # A package's __init__ comes after all its files, and none of them imports it.

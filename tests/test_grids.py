@@ -40,6 +40,7 @@ def test_a_head_is_quantized_only_under_its_own_name() -> None:
     ]
 
 
+ASKED = Recipe(base=Path("base"), out=Path("out"))
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LINEAR = tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
 
@@ -55,7 +56,7 @@ def names(group: tuple[str, ...], *but: str) -> frozenset[str]:
 
 def test_what_the_base_left_dense_is_told_and_no_fault(skeleton: Skeleton) -> None:
     targets, siblings = names(ATTENTION, "k_proj"), frozenset({ATTENTION})
-    assert not torn(skeleton, dict.fromkeys(targets, SPEC), siblings, targets)
+    assert not torn(ASKED, skeleton, dict.fromkeys(targets, SPEC), siblings, targets)
     (note,) = beside(skeleton, targets, siblings)
     assert "quantized: k_proj;" in note
     assert not beside(skeleton, names(ATTENTION), siblings)
@@ -67,17 +68,17 @@ def test_an_override_may_not_skip_one_of_several_that_servers_fuse(
     skeleton: Skeleton, but: tuple[str, ...]
 ) -> None:
     specs = dict.fromkeys(names(ATTENTION, *but), SPEC)
-    (fault,) = torn(skeleton, specs, frozenset({ATTENTION}), names(ATTENTION))
+    (fault,) = torn(ASKED, skeleton, specs, frozenset({ATTENTION}), names(ATTENTION))
     assert "which servers fuse, different grids" in fault.message
 
 
 def test_what_reads_the_same_and_is_served_apart_may_differ(skeleton: Skeleton) -> None:
     targets, siblings = names(LINEAR), frozenset({LINEAR})
     specs = dict.fromkeys(names(LINEAR, "_a", "_b"), SPEC)
-    assert not torn(skeleton, specs, siblings, targets)
+    assert not torn(ASKED, skeleton, specs, siblings, targets)
     assert not beside(skeleton, names(LINEAR, "_a", "_b"), siblings)
     del specs["model.layers.0.linear_attn.in_proj_z"]
-    assert len(torn(skeleton, specs, siblings, targets)) == 1
+    assert len(torn(ASKED, skeleton, specs, siblings, targets)) == 1
 
 
 GPT = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from qmerge.options import (
     EVALS,
     FOLDER,
     FRACTION,
+    INCREASE,
     LARGEST_RECIPE,
     NBYTES,
+    PART,
+    SURVIVAL,
     SWITCH,
     WINDOWS,
     Kind,
@@ -54,10 +58,15 @@ def written(tmp_path: Path, text: str | bytes) -> Path:
         (WINDOWS, "all", "all"),
         (WINDOWS, "12", 12),
         (FRACTION, "0.05", 0.05),
+        (PART, "95%", 0.95),
+        (PART, "1", 1.0),
+        (SURVIVAL, 1.5, 1.5),
+        (INCREASE, "1%", 0.01),
+        (INCREASE, "150%", 1.5),
         (NBYTES, "4GiB", 4 << 30),
         (NBYTES, "1.5g", 3 << 29),
         (NBYTES, "800 MB", 800 << 20),
-        (NBYTES, 123456, 123456),
+        (NBYTES, 12345678, 12345678),
         (EVALS, "a.txt", ("a.txt",)),
         (EVALS, ["a.txt", "b.txt"], ("a.txt", "b.txt")),
         (FOLDER, "models/base", Path("models/base")),
@@ -100,6 +109,26 @@ def test_reads(kind: Kind, given: object, value: object) -> None:
 )
 def test_refuses(kind: Kind, given: object) -> None:
     with pytest.raises(ValueError, match=r"^is |^.* is "):
+        kind.read(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (PART, "95", "is 9500%; write 95% or 0.95"),
+        (PART, 95, "is 9500%; write 95% or 0.95"),
+        (PART, "101%", "is 101%, and 100% is the most there can be"),
+        (SURVIVAL, "90", "is 9000%; write 90% or 0.9"),
+        (SURVIVAL, "900%", "is 900%, and 200% is the most there can be"),
+        (NBYTES, "4", "is 4 bytes; write 4GiB"),
+        (NBYTES, 4096, "is 4096 bytes; write 4096MiB"),
+        (NBYTES, "800KiB", "is 819200 bytes, less than 1MiB"),
+        (INCREASE, "1", "is 100%: write 1% for 1 per cent, 100% for that"),
+        (INCREASE, 5, "is 500%: write 5% for 5 per cent, 500% for that"),
+    ],
+)
+def test_what_lacks_its_sign_or_unit_is_refused(kind: Kind, given: object, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         kind.read(given)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from qmerge import cli
 from qmerge.cli.outputs import finish
-from qmerge.errors import ModelError, PlanError
+from qmerge.errors import ModelError, PlanError, StorageError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
 from qmerge.pipeline import _hash_inputs, run
@@ -24,8 +24,10 @@ from qmerge.plan import make_plan
 from qmerge.progress import Silent
 from qmerge.recipe import EvaluateRecipe, Recipe
 from qmerge.report import render
+from qmerge.report.plan import render as render_plan
 from qmerge.results import RunResult
 from qmerge.storage.checkpoint import Checkpoint
+from qmerge.storage.journal import Journal
 
 LENGTH, WINDOWS = 64, 24
 
@@ -399,7 +401,25 @@ def test_overrides_that_tear_siblings_or_fit_nothing_are_faults(
         run(torn)
     said = [fault.message for fault in caught.value.faults]
     assert any("fits no linear" in text for text in said)
-    assert any("layers.0.self_attn.q_proj" in text and "servers fuse" in text for text in said)
+    names = "self_attn.q_proj and self_attn.k_proj and self_attn.v_proj"
+    assert f"gives {names} of 3 layers, which servers fuse, different grids" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "proposed"),
+    [
+        ("*.q_proj=bits:8", r"re:.*\.self_attn\.(q_proj|k_proj|v_proj)=bits:8"),
+        ("*.layers.1.mlp.up_proj=skip", r"re:model\.layers\.(1)\.mlp\.(gate_proj|up_proj)=skip"),
+        ("re:.*[12].*v_proj=group:64",
+         r"re:model\.layers\.(1|2)\.self_attn\.(q_proj|k_proj|v_proj)=group:64"),
+    ],
+)  # fmt: skip
+def test_a_torn_pattern_is_one_fault_and_the_proposed_one_is_none(
+    asked: Recipe, given: str, proposed: str
+) -> None:
+    (fault,) = make_plan(replace(asked, override=(given,))).faults
+    assert f"--override '{proposed}'" in str(fault.hint)
+    assert make_plan(replace(asked, override=(proposed,))).faults == ()
 
 
 def test_micro_batches_quantize_alike(asked: Recipe, tiny_nf4: Path, tmp_path: Path) -> None:
@@ -431,7 +451,28 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             run(stopped)
     assert not stopped.out.exists()
     assert (tmp_path / "stopped.partial" / "journal.jsonl").is_file()
-    resumed = run(stopped)
+    journal = tmp_path / "stopped.partial" / "journal.jsonl"
+    held = journal.read_bytes()
+    with Journal.open(journal), pytest.raises(StorageError, match="another process is at work"):
+        make_plan(stopped)
+    os.utime(journal, ns=(0, 0))
+    planned = make_plan(stopped).summary
+    assert (journal.read_bytes(), journal.stat().st_mtime_ns) == (held, 0)
+    going_on = f"goes on from {tmp_path / 'stopped.partial'}: 2 of 5 units are done"
+    assert f"note: {going_on}" in render_plan(planned)
+    anew = make_plan(replace(stopped, restart=True)).summary
+    assert anew.goes_on == ""
+    assert planned.seconds["requantize"] == pytest.approx(2 / 3 * anew.seconds["requantize"])
+    other = make_plan(replace(stopped, damping=0.02))
+    (fault,) = other.faults
+    assert "holds another run that was stopped: recipe.damping was 0.01, is 0.02" in fault.message
+    assert f"fault: --out: {fault.message}" in render_plan(other.summary)
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Silent, "warn", lambda _, message: told.append(message))
+        resumed = run(stopped)
+    assert told[0] == going_on
+    assert going_on not in resumed.warnings
     before = [layer.seconds for layer in resumed.layers]
     assert resumed.timings["total"] > sum(before)
     assert resumed.timings["requantize"] > 0.5 * sum(before) / len(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from qmerge.job import partial
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
+from qmerge.report.plan import render
 
 
 def other_shapes(recipe: Recipe) -> Recipe:
@@ -177,6 +179,43 @@ def test_all_faults_are_told_at_once(asked: Recipe) -> None:
         assert part in text
 
 
+def test_what_needs_no_base_is_checked_without_one(asked: Recipe) -> None:
+    table = asked.out.with_name("table.jsonl")
+    table.write_text('{"a": "x", "b": "y"}\n')
+    recipe = replace(
+        asked,
+        base=asked.out.with_name("nowhere"),
+        calibration=str(asked.out.with_name("missing.txt")),
+        eval=(f"{table}:c", f"t={table}", "notes.pdf", "h=hub:nobody"),
+        override=("re:(=bits:8", "x=loud", "*.q_proj=bits:8"),
+        only=("re:[",),
+        device="cuda:99",
+    )
+    told = "\n".join(f"{fault.where}: {fault.message}" for fault in make_plan(recipe).faults)
+    for part in (
+        "--base: ", "missing.txt: no such file", "row 1 has no column 'c'",
+        "row 1: which column is the text?", "notes.pdf: neither a recipe nor a ",
+        "hub:nobody: not the name of a dataset", "--override: pattern 're:(' is not a regular",
+        "--override: 'x=loud' is not PATTERN", "--only: pattern 're:[' is not a regular",
+        "--device: cuda:99: this machine has no such device",
+    ):  # fmt: skip
+        assert told.count(part) == 1, told
+
+
+def test_faults_that_need_the_base_are_told_beside_those_that_do_not(asked: Recipe) -> None:
+    recipe = replace(
+        asked,
+        device="cuda:99",
+        symmetric=False,
+        format="gptq",
+        override=("*.o_prj=skip",),
+        only=("re:[",),
+    )
+    told = "\n".join(f"{fault.where}: {fault.message}" for fault in make_plan(recipe).faults)
+    for part in ("cuda:99", "for symmetric grids", "fits no linear", "is not a regular"):
+        assert told.count(part) == 1, told
+
+
 def test_width_that_cannot_be_packed(asked: Recipe, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -225,14 +264,32 @@ def test_a_disk_or_a_memory_that_is_too_small_is_a_fault(
     assert "error: --out: the run needs about" in told
     assert "hint: free some space" in told
     assert status(["plan", str(file)]) == 1
-    assert "of memory beside the libraries" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of memory beside the libraries" in told
+    assert "fault: --out: the run needs about" in told
+    assert "  hint: free some space" in told
     monkeypatch.setattr(machine, "memory_size", lambda _: plan.summary.memory_bytes - 1)
     assert [fault.where for fault in make_plan(asked).faults] == ["--out", "--memory"]
     assert sorted(asked.out.parent.iterdir()) == before
     # What a stopped run has left is room that it goes on in.
     partial(asked.out).mkdir()
     (partial(asked.out) / "shard").write_bytes(b"1")
+    (fault, other) = make_plan(asked).faults
+    assert (fault.where, other.where) == ("--memory", "--out")
+    assert "no run has left it" in other.message
+    (partial(asked.out) / "journal.jsonl").touch()
     assert [fault.where for fault in make_plan(asked).faults] == ["--memory"]
+
+
+def test_less_memory_than_a_run_takes_is_told(asked: Recipe) -> None:
+    plan = make_plan(replace(asked, memory=1 << 20))
+    needed = plan.summary.memory_bytes
+    note = f"--memory is 1 MiB, and the run needs about {needed >> 20} MiB beside the libraries"
+    assert note in plan.ready().notes
+    assert note in plan.summary.notes
+    assert not any(
+        "--memory" in note for note in make_plan(replace(asked, memory=needed)).summary.notes
+    )
 
 
 def test_time_follows_the_work(asked: Recipe) -> None:
@@ -247,6 +304,44 @@ def test_time_follows_the_work(asked: Recipe) -> None:
     assert some["requantize"] < again["requantize"] < 2 * some["requantize"]
     parts = make_plan(replace(asked, memory=1 << 20)).summary.seconds
     assert parts["requantize"] > some["requantize"]
+
+
+def test_text_that_is_fitted_and_scored_is_told_with_its_share(asked: Recipe) -> None:
+    assert not any("calibration text" in note for note in make_plan(asked).summary.notes)
+    words = [f"word {number} of {number * number}" for number in range(4000)]
+    seen, other = (asked.out.with_name(name) for name in ("seen.txt", "other.txt"))
+    seen.write_text("\n".join(words[:3000]))
+    other.write_text("\n".join([*words[:1000], *words[3000:]]))
+    own = replace(asked, calibration=str(seen), eval=(str(other),))
+    plan = make_plan(replace(own, calibration_samples=10000, eval_windows="all"))
+    (note,) = (note for note in plan.summary.notes if "calibration text" in note)
+    share = float(re.search(r"other: ([\d.]+)% of its tokens", note)[1])  # type: ignore[index]
+    assert 35 < share < 65
+    assert plan.ready().notes == plan.summary.notes
+
+
+def test_fewer_windows_than_were_asked_for_are_told(asked: Recipe) -> None:
+    file = asked.out.with_name("few.txt")
+    file.write_text(" ".join(map(str, range(200))))
+    held = make_plan(replace(asked, eval=(str(file),), eval_windows="all"))
+    windows = len(held.ready().evaluation[0].tokens)
+    assert not any("asked for" in note for note in held.summary.notes)
+    plan = make_plan(replace(asked, eval=(str(file),), calibration_samples=4096))
+    told = [note for note in plan.summary.notes if "asked for" in note]
+    assert len(told) == 1
+    said = rf"{asked.calibration} holds \d+ windows of 64 tokens, 4096 were asked for"
+    assert re.fullmatch(said, told[0])
+    plan = make_plan(replace(asked, eval=(str(file),), eval_windows=windows + 1))
+    assert plan.summary.notes[-1] == (
+        f"{file} holds {windows} windows of 64 tokens, {windows + 1} were asked for"
+    )
+
+
+def test_limits_are_told_as_they_were_understood(asked: Recipe) -> None:
+    limits = replace(asked, max_ppl_increase=0.01, max_kl=0.05, min_same_top=0.95, min_survival=0.9)
+    told = "perplexity increase at most 1%, mean KL at most 0.05, same top token at least 95%"
+    assert f"limits      {told}, adapter survival at least 0.9" in render(make_plan(limits).summary)
+    assert "\nlimits" not in render(make_plan(asked).summary)
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmerge.corpus import split_column
 from qmerge.errors import RecipeError
 from qmerge.options import build, options
 from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
@@ -144,6 +145,27 @@ def test_any_recipe_survives_the_way_to_disk(
 ) -> None:
     asked = recipe(base=base, seed=seed, damping=damping)
     file = tmp_path_factory.getbasetemp() / "again.yaml"
+    file.write_text(asked.to_yaml(), encoding="utf-8")
+    assert build(Recipe, {}, file=file) == asked
+
+
+def test_a_home_folder_is_one_wherever_a_path_may_stand() -> None:
+    home = Path.home()
+    given = [
+        each.folder for each in recipe(adapter=["~/a", "~/a@0.5", "~nobody-at-all/a@1"]).adapters()
+    ]
+    assert given == [home / "a", home / "a", Path("~nobody-at-all/a")]
+    (found,) = EvaluateRecipe(models=("new=~/base+~/a",)).contestants()
+    assert (found.folder, found.adapter) == (home / "base", home / "a")
+    assert split_column("~/t.jsonl") == (home / "t.jsonl", None)
+    assert split_column("~/t.jsonl:text") == (home / "t.jsonl", "text")
+
+
+@pytest.mark.parametrize("increase", [0.01, 1.0, 1.1, 1.5, 3.07])
+def test_a_limit_survives_the_way_to_disk(tmp_path: Path, increase: float) -> None:
+    asked = recipe(max_ppl_increase=f"{100 * increase:.6g}%")
+    assert asked.max_ppl_increase == pytest.approx(increase)
+    file = tmp_path / "again.yaml"
     file.write_text(asked.to_yaml(), encoding="utf-8")
     assert build(Recipe, {}, file=file) == asked
 

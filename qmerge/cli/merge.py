@@ -30,5 +30,8 @@ def command(
     """
     asked = build(Recipe, {**flags, "base": base, "adapter": adapter, "out": out})
     if not asked.adapter and asked.partial_state is None:
-        raise RecipeError("missing: ADAPTER", hint="`qmerge dequantize` is for a base without one")
+        raise RecipeError(
+            "missing: ADAPTER or OUT: the last argument is the output folder",
+            hint="`qmerge dequantize` is for a base without an adapter",
+        )
     write_dense(asked, dtype, as_json)

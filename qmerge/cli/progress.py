@@ -108,9 +108,9 @@ class Place:
 
 
 def _kind(item: str) -> str:
-    """ "layer 3" is a layer."""
-    name, _, number = item.partition(" ")
-    return name if number.isdigit() else ""
+    """ "layer 3" is a layer. Single words are alike: names of weights, of texts."""
+    name, _, more = item.partition(" ")
+    return name if more else ""
 
 
 class PlainProgress:

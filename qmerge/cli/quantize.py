@@ -13,12 +13,14 @@ from qmerge.options import build
 from qmerge.recipe import Recipe
 
 GIVEN = ("base", "adapter", "out", "original", "strategy", "force")
+OF_ADAPTERS = (*MERGING, "unit_survival", "min_survival")
+"""What is about an adapter, and here there is none."""
 
 
 @click.command("quantize", cls=Command)
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@recipe_options(Recipe, without=(*GIVEN, *MERGING))
+@recipe_options(Recipe, without=(*GIVEN, *OF_ADAPTERS))
 @log_option
 @ci_options
 @json_option

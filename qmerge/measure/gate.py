@@ -46,6 +46,10 @@ class _Kept:
             text=f"{self.what}{where} is {said} limit of {self._shown(bound)}",
         )
 
+    def asked(self, bound: float) -> str:
+        """The limit in words."""
+        return f"{self.what} {'at least' if self.floor else 'at most'} {self._shown(bound)}"
+
     def _shown(self, number: float) -> str:
         return f"{100 * number:.3g}%" if self.share else f"{number:.3g}"
 
@@ -78,6 +82,13 @@ def limits_of(asked: Scoring) -> Limits:
         min_same_top=asked.min_same_top,
         min_survival=getattr(asked, "min_survival", None),
     )
+
+
+def told_limits(limits: Limits) -> Iterator[str]:
+    """Each limit that there is, in words."""
+    for kept in (*(each for each, _ in ON_CORPORA), ON_MODEL):
+        if (bound := getattr(limits, kept.limit)) is not None:
+            yield kept.asked(bound)
 
 
 def check_limits(

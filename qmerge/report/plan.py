@@ -19,6 +19,7 @@ def render(plan: PlanSummary) -> str:
             ("out", plan.out),
             ("strategy", " and ".join(plan.strategies)),
             ("quantizer", plan.quantizer),
+            ("limits", ", ".join(plan.limits)),
         )
         if value
     ]
@@ -30,7 +31,7 @@ def render(plan: PlanSummary) -> str:
         lines.append(f"note: {len(plan.renamed)} tensors of training are named otherwise: {shown}")
     if plan.left_out:
         lines.append(f"note: left as the base has it: {some(plan.left_out)}")
-    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {note}" for note in (plan.goes_on, *plan.notes) if note]
     for fault, hint in zip(plan.faults, plan.hints, strict=True):
         lines.append(f"fault: {fault}")
         if hint:

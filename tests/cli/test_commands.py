@@ -131,6 +131,28 @@ def test_a_recipe_may_say_that_there_is_no_adapter(
     assert capsys.readouterr().err.startswith("error: missing: --adapter")
 
 
+@pytest.mark.parametrize("option", [["--min-survival", "0.9"], ["--no-unit-survival"]])
+def test_quantize_has_no_options_of_adapters(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.status(["quantize", "dense", "o", *option]) == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_merge_says_which_argument_is_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.status(["merge", "base", "adapter"]) == 2
+    told = capsys.readouterr().err
+    assert "error: missing: ADAPTER or OUT: the last argument is the output folder" in told
+
+
+@pytest.mark.parametrize("command", [["evaluate", "a", "b"], ["compare", "a", "b"]])
+def test_what_scores_plans_for_no_memory(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.status([*command, "--memory", "2GiB"]) == 2
+    assert "No such option" in capsys.readouterr().err
+
+
 def test_limits_are_kept_against_another_checkpoint() -> None:
     asked = EvaluateRecipe(models=("b", "a"), reference="b", max_kl=0.1)
     assert asked.faults() == ()

@@ -91,6 +91,17 @@ def test_layers_alone_say_how_long_layers_take() -> None:
     assert "layer 1" in stream.getvalue().splitlines()[2]
 
 
+def test_a_plan_that_is_made_says_nothing_of_what_is_left() -> None:
+    clock, stream = Clock(), io.StringIO()
+    shown = PlainProgress(stream, clock)
+    shown.stage("plan", 2)
+    shown.step("reading headers")
+    clock.now += 9
+    shown.step("takes about 36.3 s on this machine")
+    assert "plan 2/2 · takes about 36.3 s on this machine · 0:09" in stream.getvalue()
+    assert "left" not in stream.getvalue()
+
+
 def test_figures_stay_until_there_are_others() -> None:
     clock, stream, file = Clock(), io.StringIO(), io.BytesIO()
     log = LoggedProgress(PlainProgress(stream, clock), file)  # type: ignore[arg-type]
