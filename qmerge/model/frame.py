@@ -76,7 +76,7 @@ class Frame:
             for name in skeleton.parameters()
             if not name.startswith(inside) and name not in large
         }
-        self._model.load_state_dict(small, strict=False, assign=True)
+        self._model.load_state_dict(skeleton.turn("", small), strict=False, assign=True)
         self._model.requires_grad_(False)
         self._returned: int | None = None
         self._sample_layer = skeleton.layer(0).to("meta")
@@ -321,7 +321,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     try:
-        frame = Frame(small, _StateWeights(state))
+        frame = Frame(small, _StateWeights(small.turn("", state)))
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits
         hidden, _ = frame.enter(ids)
@@ -329,7 +329,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
             layer = small.layer(index)
             path = small.layer_path(index)
             own = {n: t for full, t in state.items() if (n := under(full, path)) is not None}
-            fill(layer, opened(small.fusions, path, own))
+            fill(layer, small.turn(path, opened(small.fusions, path, own)))
             siblings |= {*sibling_groups(layer, hidden, call, linears(layer))}
             hidden = run(layer, hidden, call)
         rows = frame.leave(hidden).flatten(0, 1)

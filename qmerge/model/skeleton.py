@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qmerge.errors import ModelError
 from qmerge.model.experts import Fusion, find_fusions, open_experts
-from qmerge.names import WEIGHT, NameMap, Unit, common_unit, module_of, under
+from qmerge.names import WEIGHT, NameMap, Unit, common_unit, join, module_of, under
 
 TIED = "tie_word_embeddings"
 OLD_CACHE = re.compile(r"rotary_emb\.inv_freq$")
@@ -33,21 +33,28 @@ class Skeleton:
     """A causal language model on the meta device and where its decoder layers are."""
 
     model: Any
-    """As it is walked and stored: each expert's linears are linears."""
+    """As it is walked and stored: each expert's linears are linears, and so is a Conv1D."""
     fused: Any
-    """As transformers builds it, which is what adapters are made for; the same model where its
-    experts are not fused."""
+    """As transformers builds it, which is what adapters are made for; the same model where nothing
+    differs."""
     fusions: tuple[Fusion, ...]
-    """What differs between the two."""
+    """What differs between the two, beside `turned`."""
     layers_path: str
     layer_count: int
     restated: Mapping[str, Any] = field(default_factory=dict)
     """What its configuration says otherwise than the checkpoint's own."""
     turned: frozenset[str] = frozenset()
-    """Weights that transformers keeps as [I, O] (GPT-2's Conv1D), and that are linears here."""
+    """Weights that transformers keeps as [I, O] (GPT-2's Conv1D), and that linears of `model` keep
+    as [O, I]."""
 
     def layer_path(self, index: int) -> str:
         return f"{self.layers_path}.{index}"
+
+    def turn(self, path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of the module at `path`, by relative name, with those that `model` and `fused`
+        keep transposed to each other as the other one has them."""
+        own = {name for name in tensors if join(path, name) in self.turned}
+        return {name: tensor.T if name in own else tensor for name, tensor in tensors.items()}
 
     @property
     def hidden_size(self) -> int:
@@ -240,12 +247,11 @@ def build_skeleton(
             f"{first_line(error)}",
             hint="qmerge walks decoder-only language models that transformers knows",
         ) from error
-    turned = _turn(model)
     model.eval()
     model.tie_weights()
     count = int(text_config(config).num_hidden_layers)
     fusions = find_fusions(model)
-    opened = copy.deepcopy(model) if fusions else model
+    opened = copy.deepcopy(model) if fusions or _conv1ds(model) else model
     open_experts(opened, fusions)
     return Skeleton(
         model=opened,
@@ -253,7 +259,7 @@ def build_skeleton(
         fusions=fusions,
         layers_path=_find_layers(model, count),
         layer_count=count,
-        turned=turned,
+        turned=_turn(opened),
     )
 
 
@@ -268,11 +274,16 @@ def rebuilt(skeleton: Skeleton, restated: Mapping[str, Any]) -> Skeleton:
     return replace(built, restated={**skeleton.restated, **restated})
 
 
-def _turn(model: nn.Module) -> frozenset[str]:
-    """Put linears in place of linears that keep their weight transposed; those weights' names."""
+def _conv1ds(model: nn.Module) -> list[tuple[str, Any]]:
+    """Linears that keep their weight transposed, by name."""
     from transformers.pytorch_utils import Conv1D
 
-    turned = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D)]
+
+
+def _turn(model: nn.Module) -> frozenset[str]:
+    """Put linears in place of linears that keep their weight transposed; those weights' names."""
+    turned = _conv1ds(model)
     for name, module in turned:
         linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
         model.set_submodule(name, linear)
