@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qmerge.errors import ModelError
+from qmerge.formats.base import StoredWeight
 from qmerge.model.experts import Fusion, find_fusions, open_experts
 from qmerge.names import WEIGHT, NameMap, Unit, common_unit, join, module_of, under
 
 TIED = "tie_word_embeddings"
 OLD_CACHE = re.compile(r"rotary_emb\.inv_freq$")
 """What older models stored and every model computes."""
+OLD_MASKS = {"bias": 4, "causal_mask": 4, "masked_bias": 0}
+"""What attention stored before transformers computed it, and its dimensions: a causal mask
+[1, 1, N, N], and the one value that stood for minus infinity (GPT-2, GPT-J, GPT-Neo, CodeGen)."""
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
 
@@ -325,7 +329,7 @@ def _find_layers(model: Any, count: int) -> str:
     return name
 
 
-def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
+def map_names(skeleton: Skeleton, stored: Mapping[str, StoredWeight]) -> NameMap:
     """Match stored names to the model's parameters as transformers itself would load them.
 
     A tied parameter may be stored under its second name alone.
@@ -362,7 +366,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             second[target] = name
         elif target in fusions:
             fused[target] = name
-        elif _is_ignored(model, name, target):
+        elif _is_ignored(model, name, target) or _is_old_mask(stored[name]):
             ignored.append(name)
         elif not OLD_CACHE.search(name):
             unknown.append(name)
@@ -383,6 +387,14 @@ def _is_ignored(model: Any, *names: str) -> bool:
     """Whether transformers leaves this tensor out of the model (layers that only draft, say)."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def _is_old_mask(stored: StoredWeight) -> bool:
+    """Whether a tensor that the model does not know is a mask that older models stored."""
+    *path, leaf = stored.name.split(".")
+    if OLD_MASKS.get(leaf) != len(stored.shape) or not any("att" in part for part in path):
+        return False
+    return not stored.shape or stored.shape == (1, 1, *stored.shape[-1:] * 2)
 
 
 def first_line(error: BaseException) -> str:

@@ -74,6 +74,45 @@ def test_what_transformers_leaves_out_is_told(tmp_path: Path) -> None:
     assert note.endswith("no such model: mtp.fc.weight")
 
 
+MASK = torch.tril(torch.ones(1, 1, 64, 64)).bool()
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+OLD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    "gpt2": (GPT, {"attn.masked_bias": torch.tensor(-1e4), "attn.bias": MASK}),
+    "gptj": ({**GPT, "rotary_dim": 4}, {"attn.masked_bias": torch.tensor(-1e9), "attn.bias": MASK}),
+    "gpt_neo": (
+        {**NEO, "attention_types": [[["global"], 1]]},
+        {"attn.attention.masked_bias": torch.tensor(-1e9), "attn.attention.bias": MASK},
+    ),
+    "codegen": ({**GPT, "rotary_dim": 4}, {"attn.causal_mask": MASK}),
+}
+"""Models of old and what their attention stored."""
+
+
+def with_old(folder: Path, kind: str, extra: dict[str, torch.Tensor]) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **OLD[kind][0])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    named = {f"transformer.h.0.{name}": tensor for name, tensor in extra.items()}
+    save_file(load_file(file) | named, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_masks_that_older_models_stored_are_left_out(kind: str, tmp_path: Path) -> None:
+    extra = OLD[kind][1]
+    (note,) = told(*open_model(with_old(tmp_path, kind, extra)))
+    assert all(note.count(f"transformer.h.0.{name}") == 1 for name in extra)
+
+
+@pytest.mark.parametrize("shape", [(32,), (1, 1, 64, 32), (1, 2, 64, 64)])
+def test_what_is_no_mask_is_not_left_out(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"does not know transformer\.h\.0\.attn\.bias"):
+        open_model(with_old(tmp_path, "gptj", {"attn.bias": torch.ones(shape)}))
+
+
 # --- a packed head, beside a configuration that ties it -----------------------------------------
 
 
