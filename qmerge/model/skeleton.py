@@ -29,6 +29,10 @@ OLD_CACHE = re.compile(r"rotary_emb\.inv_freq$")
 OLD_MASKS = {"bias": 4, "causal_mask": 4, "masked_bias": 0}
 """What attention stored before transformers computed it, and its dimensions: a causal mask
 [1, 1, N, N], and the one value that stood for minus infinity (GPT-2, GPT-J, GPT-Neo, CodeGen)."""
+WHOLE_HINT = (
+    "load it with transformers and save it with save_pretrained(..., save_original_format=False):"
+    " that folder holds what transformers makes"
+)
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
 
@@ -332,7 +336,8 @@ def _find_layers(model: Any, count: int) -> str:
 def map_names(skeleton: Skeleton, stored: Mapping[str, StoredWeight]) -> NameMap:
     """Match stored names to the model's parameters as transformers itself would load them.
 
-    A tied parameter may be stored under its second name alone.
+    A tied parameter may be stored under its second name alone. ModelError for one that transformers
+    makes of several tensors, other than of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -353,6 +358,7 @@ def map_names(skeleton: Skeleton, stored: Mapping[str, StoredWeight]) -> NameMap
     found: dict[str, str] = {}
     second: dict[str, str] = {}
     fused: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
     unknown, ignored = [], []
     for name in stored:
         target, converted = rename_source_key(
@@ -366,12 +372,23 @@ def map_names(skeleton: Skeleton, stored: Mapping[str, StoredWeight]) -> NameMap
             second[target] = name
         elif target in fusions:
             fused[target] = name
+        elif converted is not None and target in parameters:
+            made.setdefault(target, []).append(name)
         elif _is_ignored(model, name, target) or _is_old_mask(stored[name]):
             ignored.append(name)
         elif not OLD_CACHE.search(name):
             unknown.append(name)
     owned = {aliases[alias]: name for alias, name in second.items() if aliases[alias] not in found}
     missing = tuple(name for name in parameters if name not in found | owned)
+    for target, names in made.items():
+        if target in missing:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"transformers makes {target} of {', '.join(names[:3])}{rest} as it loads them,"
+                " which qmerge does not do",
+                hint=WHOLE_HINT,
+            )
+        unknown += names
     return NameMap(
         stored=found | owned,
         unknown=tuple(unknown),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge.errors import PlanError
+from qmerge.errors import ModelError, PlanError
 from qmerge.export import export
 from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original, told
@@ -111,6 +111,27 @@ def test_masks_that_older_models_stored_are_left_out(kind: str, tmp_path: Path) 
 def test_what_is_no_mask_is_not_left_out(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"does not know transformer\.h\.0\.attn\.bias"):
         open_model(with_old(tmp_path, "gptj", {"attn.bias": torch.ones(shape)}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_convolutions_that_transformers_joins_are_told(whole: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, OlmoHybridConfig
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = OlmoHybridConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, vocab_size=64,
+        layer_types=["linear_attention", "full_attention"], pad_token_id=None, **linear,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, save_original_format=not whole)
+    if whole:  # as the hint says
+        _, weights = open_model(tmp_path)
+        name = "model.layers.0.linear_attn.conv1d.weight"
+        assert torch.equal(weights.tensor(name), model.state_dict()[name])
+        return
+    with pytest.raises(ModelError, match=r"makes model\.layers\.0\.linear_attn\.conv1d\.weight"):
+        open_model(tmp_path)
 
 
 # --- a packed head, beside a configuration that ties it -----------------------------------------
