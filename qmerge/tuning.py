@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,6 @@ from qmerge.adapters import (
     Adapter,
     Chain,
     Change,
-    Injection,
     combine,
     inject,
     open_adapter,
@@ -23,7 +24,7 @@ from qmerge.adapters.probe import Rows, no_rows
 from qmerge.adapters.source import read_headers, rows_of_vocabulary
 from qmerge.errors import AdapterError, Fault
 from qmerge.job import Faults
-from qmerge.model.changed import on_opened
+from qmerge.model.changed import OpenedChange, on_opened
 from qmerge.model.reshape import Shape, reshape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -104,7 +105,6 @@ def open_tuning(
         shape = reshape(skeleton, untied=True, vocabulary=vocabulary_of(shape.skeleton))
     faults.found += [*_homeless(shape, change), *_around_layers(shape, change)]
     faults.found += _unknown_rows(skeleton, shape, change)
-    faults.found += _turned_whole(skeleton, links)
     if base is not None:
         faults.found += _bound_to_base(recipe, adapters, base)
     return Tuning(
@@ -152,15 +152,32 @@ def _link(
         )  # fmt: skip
         adapters, weights = [combined], [1.0]
     for adapter, weight in zip(adapters, weights, strict=True):
-        made = inject(
-            _after(links, skeleton).fused,
-            adapter,
+        put = partial(
+            inject,
+            adapter=adapter,
             weight=weight,
             selected=selection,
             allow_noop=recipe.allow_noop,
             base=_rows(shape, base, links),
         )
-        links.append(made)
+        links.append(_on_linears(_after(links, skeleton), adapter, put))
+
+
+def _on_linears(skeleton: Skeleton, adapter: Adapter, put: Callable[[Any], Change]) -> Change:
+    """An adapter on the model that transformers builds, which `put` injects it into.
+
+    One of a kind that PEFT puts on no Conv1D was trained on packed linears in their place. Modules
+    beside those that training saved whole could lie either way, and are left refused.
+    """
+    try:
+        return put(skeleton.fused)
+    except AdapterError:
+        saved = {name.rpartition(".")[2] for name in adapter.config.get("modules_to_save") or ()}
+        parts = {part for name in skeleton.turned for part in name.split(".")}
+        if skeleton.fusions or not skeleton.turned or saved & parts:
+            raise
+        change = put(skeleton.model)
+        return OpenedChange(change=change, skeleton=skeleton, touched=change.touched)
 
 
 def _rows(shape: Shape, base: Weights | None, links: Sequence[Change]) -> Rows:
@@ -271,23 +288,6 @@ def _left_beside(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Fault]:
         for each in adapters
         for name in each.beside
         if (each.path / name).resolve() != given
-    ]
-
-
-def _turned_whole(skeleton: Skeleton, links: Sequence[Change]) -> list[Fault]:
-    """Whole weights that training saved as [I, O], of which a square one would fit unturned."""
-    whole = {
-        name
-        for link in links
-        for name in (link.landing.overrides if isinstance(link, Injection) else link.touched)
-    }
-    return [
-        Fault(
-            where="--adapter",
-            message=f"replaces {name} as a whole, which this model keeps transposed",
-            hint="merge it with PEFT, and quantize the result",
-        )
-        for name in sorted(whole & skeleton.turned)
     ]
 
 

@@ -134,6 +134,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     start, init = config.get("init_lora_weights"), base_init(config)
     if init and init[0] == UNREPEATABLE_INIT:
         return f"init_lora_weights {start!r}: {init[1]}"
+    if init and init[0] in (*SPLIT_INITS, QUANTIZED_INIT) and config.get("target_parameters"):
+        return f"target_parameters: {start!r} changed the base under them, which is not made again"
     if isinstance(start, str) and not init and start.lower() not in PLAIN_STARTS:
         return f"init_lora_weights {start!r}: a start that is not known, which may change the base"
     return None

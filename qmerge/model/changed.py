@@ -1,7 +1,8 @@
 """A change of the model that transformers builds, seen from the one that is walked.
 
 Adapters are made for fused experts. Their names are opened, base weights are fused before the
-adapter gets them, and what was merged is taken apart again.
+adapter gets them, and what was merged is taken apart again. So are weights that transformers keeps
+transposed: an adapter gets them as it was trained on them, and what was merged is turned back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from qmerge.adapters import Change, MergeRows
 from qmerge.errors import Fault
-from qmerge.model.experts import Fusion, closed, opened
+from qmerge.model.experts import closed, opened
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import module_of
 
@@ -23,11 +24,10 @@ PATH = "_qmerge_opened_path"
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedChange:
-    """A change whose experts are single linears."""
+    """A change whose experts are single linears, and whose linears all keep [O, I]."""
 
     change: Change
-    fusions: Mapping[str, Fusion]
-    """By fused parameter."""
+    skeleton: Skeleton
     touched: frozenset[str]
 
     @property
@@ -48,7 +48,7 @@ class OpenedChange:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        fused = (module_of(parameter) for parameter in self.fusions)
+        fused = (module_of(fusion.parameter) for fusion in self.skeleton.fusions)
         return tuple(dict.fromkeys((*self.change.adapted, *fused)))
 
     @property
@@ -65,7 +65,7 @@ class OpenedChange:
         return self.change.replaces(parameter)
 
     def live(self, path: str) -> nn.Module:
-        """The change's own live module, with fused experts."""
+        """The change's own live module, as transformers builds it."""
         module = self.change.live(path)
         module.__dict__[PATH] = path
         return module
@@ -75,21 +75,25 @@ class OpenedChange:
     ) -> None:
         """Put base weights into a live module; those of a fused parameter all at once."""
         path = module.__dict__[PATH]
-        self.change.fill(module, closed(self.fusions.values(), path, tensors), taken=taken)
+        whole = closed(self.skeleton.fusions, path, self.skeleton.turn(path, tensors))
+        self.change.fill(module, whole, taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Every parameter of the opened module by plain relative name."""
         path = module.__dict__[PATH]
-        return opened(self.fusions.values(), path, self.change.merge(module))
+        parts = opened(self.skeleton.fusions, path, self.change.merge(module))
+        return self.skeleton.turn(path, parts)
 
     def row_merger(self, parameter: str) -> MergeRows | None:
-        """Of a part of a fused parameter there is none."""
-        return self.change.row_merger(parameter) if parameter in self.change.touched else None
+        """Of a part of a fused parameter there is none, nor of one that lies in columns."""
+        if parameter in self.skeleton.turned or parameter not in self.change.touched:
+            return None
+        return self.change.row_merger(parameter)
 
 
 def on_opened(skeleton: Skeleton, change: Change) -> Change:
     """A change of `skeleton.fused` as one of `skeleton.model`."""
-    if not skeleton.fusions:
+    if not skeleton.fusions and not skeleton.turned:
         return change
     fusions = {fusion.parameter: fusion for fusion in skeleton.fusions}
     touched = frozenset(
@@ -97,4 +101,4 @@ def on_opened(skeleton: Skeleton, change: Change) -> Change:
         for name in change.touched
         for part in (fusions[name].parts if name in fusions else (name,))
     )
-    return OpenedChange(change=change, fusions=fusions, touched=touched)
+    return OpenedChange(change=change, skeleton=skeleton, touched=touched)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qmerge.errors import ModelError
 from qmerge.model.experts import opened
@@ -38,6 +39,13 @@ Inputs = Mapping[str, torch.Tensor]
 """What a model takes beside its tokens, by name; joined over windows along the first axis."""
 ROWS_AT_ONCE = 8192
 """Rows of an embedding or head that are held as float32 at one time."""
+
+
+STATE_HINT = "this architecture keeps state between its layers that qmerge does not carry"
+TOKENS_HINT = (
+    "this architecture gives its layers more of the tokens than the hidden states, which qmerge"
+    " does not carry"
+)
 
 
 class OuterWeights(Protocol):
@@ -76,7 +84,7 @@ class Frame:
             for name in skeleton.parameters()
             if not name.startswith(inside) and name not in large
         }
-        self._model.load_state_dict(small, strict=False, assign=True)
+        self._model.load_state_dict(skeleton.turn("", small), strict=False, assign=True)
         self._model.requires_grad_(False)
         self._returned: int | None = None
         self._sample_layer = skeleton.layer(0).to("meta")
@@ -153,9 +161,15 @@ class Frame:
         """What each layer is called with for windows of `length` tokens, however many there are.
 
         Taken from one window: masks, positions and rotary tables broadcast over windows of equal
-        length, which the probe proves for the architecture.
+        length, which the probe proves for the architecture, or are made as many where a layer
+        (XGLM's) asks for that.
         """
-        return self.enter(torch.zeros(1, length, dtype=torch.long))[1]
+        hidden, calls = self.enter(torch.zeros(1, length, dtype=torch.long))
+        if self._broadcasts(hidden, calls[0]):
+            return calls
+        _, two = self.enter(torch.zeros(2, length, dtype=torch.long))
+        pairs = zip(calls, two, strict=True)
+        return tuple(replace(one, axes=window_axes(one, both)) for one, both in pairs)
 
     def leave(self, hidden_WSH: Hidden) -> Hidden:
         """What the head reads: the hidden states after the last layer through the final norm."""
@@ -228,6 +242,17 @@ class Frame:
                 output = hidden_WSH
             self._returned = len(output) if isinstance(output, tuple) else 0
         return (hidden_WSH, *[None] * (self._returned - 1)) if self._returned else hidden_WSH
+
+    def _broadcasts(self, hidden_1SH: Hidden, call: Call) -> bool:
+        """Whether a layer runs two windows with the call of one, tried on the meta device."""
+        args, kwargs = tree_map(_to_meta, (call.args, dict(call.kwargs)))
+        try:
+            self._sample_layer(hidden_1SH.to("meta").expand(2, -1, -1), *args, **kwargs)
+        except NotImplementedError:
+            return True
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+        return True
 
     @contextmanager
     def _rows_of(self, tokens_WS: torch.Tensor) -> Iterator[None]:
@@ -313,23 +338,33 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     text.vocab_size = min(text.vocab_size, 512)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
-    small = build_skeleton(config, model_class=type(skeleton.model))
+    try:
+        small = build_skeleton(config, model_class=type(skeleton.model))
+    except ModelError as error:
+        raise ModelError(
+            f"{type(skeleton.model).__name__} cannot be made with {text.num_hidden_layers} layers,"
+            f" to prove that it can be walked: {first_line(error.__cause__ or error)}",
+            hint="this architecture has layers that need others, which qmerge does not walk",
+        ) from error
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
     state = _random_state(small, generator)
     model = copy.deepcopy(small.fused)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
+    hint = STATE_HINT
     try:
-        frame = Frame(small, _StateWeights(state))
+        frame = Frame(small, _StateWeights(small.turn("", state)))
         with torch.inference_mode():
             expected = model(input_ids=ids, use_cache=False).logits
-        hidden, _ = frame.enter(ids)
-        for index, call in enumerate(frame.calls(tokens)):
+        hidden, called = frame.enter(ids)
+        calls = frame.calls(tokens)
+        hint = TOKENS_HINT if _differ(called, calls) else STATE_HINT
+        for index, call in enumerate(calls):
             layer = small.layer(index)
             path = small.layer_path(index)
             own = {n: t for full, t in state.items() if (n := under(full, path)) is not None}
-            fill(layer, opened(small.fusions, path, own))
+            fill(layer, small.turn(path, opened(small.fusions, path, own)))
             siblings |= {*sibling_groups(layer, hidden, call, linears(layer))}
             hidden = run(layer, hidden, call)
         rows = frame.leave(hidden).flatten(0, 1)
@@ -342,16 +377,28 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     except Exception as error:
         raise ModelError(
             f"{type(skeleton.model).__name__} cannot be run layer by layer: {first_line(error)}",
-            hint="this architecture keeps state between its layers that qmerge does not carry",
+            hint=hint,
         ) from error
     difference = (torch.cat(parts, dim=-1).view_as(expected) - expected).abs().max().item()
     if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise ModelError(
             f"{type(skeleton.model).__name__} run layer by layer differs from its own forward "
             f"by {difference:.2g}",
-            hint="this architecture keeps state between its layers that qmerge does not carry",
+            hint=hint,
         )
     return frozenset(siblings)
+
+
+def _differ(of_text: Sequence[Call], of_zeros: Sequence[Call]) -> bool:
+    """Whether layers are called with something else for another text of the same length."""
+    text, zeros = (
+        tree_leaves([(call.args, dict(call.kwargs)) for call in calls])
+        for calls in (of_text, of_zeros)
+    )
+    return any(
+        isinstance(one, torch.Tensor) and not bool(torch.isclose(one, other).all())
+        for one, other in zip(text, zeros, strict=True)
+    )
 
 
 def _random_state(skeleton: Skeleton, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -27,6 +27,21 @@ class Call:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     added: torch.Tensor | None = None
     """What the model adds to the hidden states before this layer, sparse in all but the width."""
+    axes: tuple[int | None, ...] = ()
+    """Along which axis each tensor of a call of one window has to be as many as are run; None for
+    what they share, and nothing at all where the layer itself lets all of them broadcast."""
+
+    def over(self, windows: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What so many windows that are run together are called with."""
+        if not self.axes:
+            return self.args, self.kwargs
+        leaves, form = tree_flatten((self.args, dict(self.kwargs)))
+        wide = [
+            leaf if axis is None else leaf.expand(*_sizes(leaf.ndim, axis, windows))
+            for leaf, axis in zip(leaves, self.axes, strict=True)
+        ]
+        args, kwargs = tree_unflatten(wide, form)
+        return args, kwargs
 
     def part(self, _start: int, _stop: int) -> Call:
         """The call for some windows of a text: for text alone they are all called alike."""
@@ -38,8 +53,6 @@ class WindowCalls(Call):
     """The calls of windows that differ in more than their tokens, to be joined as they are run."""
 
     windows: tuple[Call, ...]
-    axes: tuple[int | None, ...]
-    """Along which axis each tensor of a call has the windows; None for what they share."""
 
     def part(self, start: int, stop: int) -> Call:
         chosen = self.windows[start:stop]
@@ -52,6 +65,11 @@ class WindowCalls(Call):
         ]
         args, kwargs = tree_unflatten(joined, own[0][1])
         return Call(args=args, kwargs=kwargs, added=_joined([call.added for call in chosen]))
+
+
+def _sizes(dimensions: int, axis: int, size: int) -> tuple[int, ...]:
+    """For `expand`: one axis anew, the others as they are."""
+    return tuple(size if dimension == axis else -1 for dimension in range(dimensions))
 
 
 def _joined(added: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
@@ -104,7 +122,7 @@ def move(calls: Sequence[Call], device: torch.device) -> tuple[Call, ...]:
         if isinstance(call, WindowCalls):
             return replace(call, windows=tuple(moved(window) for window in call.windows))
         args, kwargs = tree_map(place, (call.args, dict(call.kwargs)))
-        return Call(args=args, kwargs=kwargs, added=place(call.added))
+        return replace(call, args=args, kwargs=kwargs, added=place(call.added))
 
     return tuple(moved(call) for call in calls)
 
@@ -131,7 +149,8 @@ def forward(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
     """The same in the mode of whoever asks; models that return tuples put hidden states first."""
     if call.added is not None:
         hidden_WSH = hidden_WSH + call.added.to_dense()
-    output = layer(hidden_WSH, *call.args, **call.kwargs)
+    args, kwargs = call.over(len(hidden_WSH))
+    output = layer(hidden_WSH, *args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, torch.Tensor)
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,20 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qmerge.errors import ModelError
+from qmerge.formats.base import StoredWeight
 from qmerge.model.experts import Fusion, find_fusions, open_experts
-from qmerge.names import WEIGHT, NameMap, Unit, common_unit, module_of, under
+from qmerge.names import WEIGHT, NameMap, Unit, common_unit, join, module_of, under
 
 TIED = "tie_word_embeddings"
 OLD_CACHE = re.compile(r"rotary_emb\.inv_freq$")
 """What older models stored and every model computes."""
+OLD_MASKS = {"bias": 4, "causal_mask": 4, "masked_bias": 0}
+"""What attention stored before transformers computed it, and its dimensions: a causal mask
+[1, 1, N, N], and the one value that stood for minus infinity (GPT-2, GPT-J, GPT-Neo, CodeGen)."""
+WHOLE_HINT = (
+    "load it with transformers and save it with save_pretrained(..., save_original_format=False):"
+    " that folder holds what transformers makes"
+)
 REMOTE_CODE_HINT = "give --trust-remote-code if you trust the Python files in that folder"
 
 
@@ -33,21 +41,28 @@ class Skeleton:
     """A causal language model on the meta device and where its decoder layers are."""
 
     model: Any
-    """As it is walked and stored: each expert's linears are linears."""
+    """As it is walked and stored: each expert's linears are linears, and so is a Conv1D."""
     fused: Any
-    """As transformers builds it, which is what adapters are made for; the same model where its
-    experts are not fused."""
+    """As transformers builds it, which is what adapters are made for; the same model where nothing
+    differs."""
     fusions: tuple[Fusion, ...]
-    """What differs between the two."""
+    """What differs between the two, beside `turned`."""
     layers_path: str
     layer_count: int
     restated: Mapping[str, Any] = field(default_factory=dict)
     """What its configuration says otherwise than the checkpoint's own."""
     turned: frozenset[str] = frozenset()
-    """Weights that transformers keeps as [I, O] (GPT-2's Conv1D), and that are linears here."""
+    """Weights that transformers keeps as [I, O] (GPT-2's Conv1D), and that linears of `model` keep
+    as [O, I]."""
 
     def layer_path(self, index: int) -> str:
         return f"{self.layers_path}.{index}"
+
+    def turn(self, path: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of the module at `path`, by relative name, with those that `model` and `fused`
+        keep transposed to each other as the other one has them."""
+        own = {name for name in tensors if join(path, name) in self.turned}
+        return {name: tensor.T if name in own else tensor for name, tensor in tensors.items()}
 
     @property
     def hidden_size(self) -> int:
@@ -240,12 +255,11 @@ def build_skeleton(
             f"{first_line(error)}",
             hint="qmerge walks decoder-only language models that transformers knows",
         ) from error
-    turned = _turn(model)
     model.eval()
     model.tie_weights()
     count = int(text_config(config).num_hidden_layers)
     fusions = find_fusions(model)
-    opened = copy.deepcopy(model) if fusions else model
+    opened = copy.deepcopy(model) if fusions or _conv1ds(model) else model
     open_experts(opened, fusions)
     return Skeleton(
         model=opened,
@@ -253,7 +267,7 @@ def build_skeleton(
         fusions=fusions,
         layers_path=_find_layers(model, count),
         layer_count=count,
-        turned=turned,
+        turned=_turn(opened),
     )
 
 
@@ -268,11 +282,16 @@ def rebuilt(skeleton: Skeleton, restated: Mapping[str, Any]) -> Skeleton:
     return replace(built, restated={**skeleton.restated, **restated})
 
 
-def _turn(model: nn.Module) -> frozenset[str]:
-    """Put linears in place of linears that keep their weight transposed; those weights' names."""
+def _conv1ds(model: nn.Module) -> list[tuple[str, Any]]:
+    """Linears that keep their weight transposed, by name."""
     from transformers.pytorch_utils import Conv1D
 
-    turned = [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Conv1D)]
+
+
+def _turn(model: nn.Module) -> frozenset[str]:
+    """Put linears in place of linears that keep their weight transposed; those weights' names."""
+    turned = _conv1ds(model)
     for name, module in turned:
         linear = nn.Linear(module.nx, module.nf, device="meta", dtype=module.weight.dtype)
         model.set_submodule(name, linear)
@@ -314,10 +333,11 @@ def _find_layers(model: Any, count: int) -> str:
     return name
 
 
-def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
+def map_names(skeleton: Skeleton, stored: Mapping[str, StoredWeight]) -> NameMap:
     """Match stored names to the model's parameters as transformers itself would load them.
 
-    A tied parameter may be stored under its second name alone.
+    A tied parameter may be stored under its second name alone. ModelError for one that transformers
+    makes of several tensors, other than of experts.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -338,6 +358,7 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
     found: dict[str, str] = {}
     second: dict[str, str] = {}
     fused: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
     unknown, ignored = [], []
     for name in stored:
         target, converted = rename_source_key(
@@ -351,12 +372,23 @@ def map_names(skeleton: Skeleton, stored: Iterable[str]) -> NameMap:
             second[target] = name
         elif target in fusions:
             fused[target] = name
-        elif _is_ignored(model, name, target):
+        elif converted is not None and target in parameters:
+            made.setdefault(target, []).append(name)
+        elif _is_ignored(model, name, target) or _is_old_mask(stored[name]):
             ignored.append(name)
         elif not OLD_CACHE.search(name):
             unknown.append(name)
     owned = {aliases[alias]: name for alias, name in second.items() if aliases[alias] not in found}
     missing = tuple(name for name in parameters if name not in found | owned)
+    for target, names in made.items():
+        if target in missing:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(
+                f"transformers makes {target} of {', '.join(names[:3])}{rest} as it loads them,"
+                " which qmerge does not do",
+                hint=WHOLE_HINT,
+            )
+        unknown += names
     return NameMap(
         stored=found | owned,
         unknown=tuple(unknown),
@@ -372,6 +404,14 @@ def _is_ignored(model: Any, *names: str) -> bool:
     """Whether transformers leaves this tensor out of the model (layers that only draft, say)."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+
+def _is_old_mask(stored: StoredWeight) -> bool:
+    """Whether a tensor that the model does not know is a mask that older models stored."""
+    *path, leaf = stored.name.split(".")
+    if OLD_MASKS.get(leaf) != len(stored.shape) or not any("att" in part for part in path):
+        return False
+    return not stored.shape or stored.shape == (1, 1, *stored.shape[-1:] * 2)
 
 
 def first_line(error: BaseException) -> str:

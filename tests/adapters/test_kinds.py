@@ -158,6 +158,17 @@ def test_lora_that_cannot_be_weights_is_refused(
     assert option in str(open_adapter(folder).refusal)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
+def test_starts_that_change_the_base_under_parameters(
+    start: str, plain: Path, tmp_path: Path
+) -> None:
+    options = {"init_lora_weights": start, "target_parameters": ["mlp.down_proj.weight"]}
+    refused = open_adapter(edited(plain, tmp_path, **options)).refusal
+    assert "target_parameters" in str(refused)
+    kept = {**options, "init_lora_weights": True}
+    assert open_adapter(edited(plain, tmp_path, **kept)).refusal is None
+
+
 def test_unknown_kind_is_refused_by_name() -> None:
     assert "does not know" in str(refusal({"peft_type": "SOMETHING_NEW"}))
 

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from peft import OFTConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qmerge.errors import PlanError
 from qmerge.export import export
+from qmerge.model.skeleton import build_skeleton
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
 from tests import checkpoints
+from tests.adapters import tiny
 from tests.families import rig
 
 SMALL = {
@@ -149,9 +153,94 @@ def test_weights_that_lie_transposed_are_turned_and_turned_back(
     asked = rig.recipe(original, tmp_path / "adapter", tmp_path / "release", eval_text)
     job = make_plan(replace(asked, base_quant="nf4,double")).ready()
     assert torch.equal(job.base.tensor(name), decoded)
-    save_file({name: decoded.contiguous()}, tmp_path / "state.safetensors")
-    (fault,) = make_plan(replace(asked, partial_state=tmp_path / "state.safetensors")).faults
-    assert "keeps transposed" in fault.message
+
+
+def test_a_partial_state_of_transposed_weights(
+    tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    write("GPT2", tmp_path, tokenizer)
+    original, state = tmp_path / "original", tmp_path / "state.safetensors"
+    own = rig.dense(original, AutoModelForCausalLM).state_dict()
+    names = [f"transformer.h.0.attn.{name}.weight" for name in ("c_proj", "c_attn")]
+    trained = {name: torch.randn(own[name].shape) for name in names}
+    save_file(trained, state)
+    asked = Recipe(base=original, partial_state=state, out=tmp_path / "out")
+    export(asked, dtype="float32")
+    written = rig.dense(tmp_path / "out", AutoModelForCausalLM).state_dict()
+    assert all(torch.equal(written[name], trained[name]) for name in names)
+    save_file({name: own[name] for name in names}, state)
+    with pytest.raises(PlanError, match="merging changes nothing"):
+        export(replace(asked, out=tmp_path / "same"), dtype="float32")
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "square": {"target_modules": ["c_attn"], "modules_to_save": ["attn.c_proj"]},
+    "mlp": {"target_modules": ["c_attn"], "modules_to_save": ["mlp"]},
+    "wide": {"target_modules": ["c_fc"], "modules_to_save": ["c_attn"]},
+    "layer": {"target_modules": ["h.0.attn.c_attn"], "modules_to_save": ["h.1"]},
+    "square parameter": {"target_modules": [], "target_parameters": ["attn.c_proj.weight"]},
+    "wide parameter": {"target_modules": [], "target_parameters": ["attn.c_attn.weight"]},
+    "biases": {"target_modules": ["attn.c_proj"], "bias": "all"},
+}
+"""What training saves in the way that transformers keeps the weight."""
+
+
+@pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+def test_whole_weights_that_lie_transposed(
+    options: dict[str, Any], tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    write("GPT2", tmp_path, tokenizer)
+    original, adapter, out = (tmp_path / part for part in ("original", "whole", "release"))
+    base = rig.dense(original, AutoModelForCausalLM)
+    with torch.random.fork_rng():
+        rig.write_adapter(adapter, base, **options)
+    moved = load_file(adapter / "adapter_model.safetensors")
+    for tensor in moved.values():
+        tensor += 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2))
+    save_file(moved, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    asked = rig.recipe(original, adapter, out, eval_text)
+    result = run(asked)
+    release = rig.reopened(out, tmp_path / "decoded", AutoModelForCausalLM, turned=True)
+    base, tokens = rig.dense(original, AutoModelForCausalLM), rig.windows(original, eval_text)
+    rig.check_arms(result, base, adapter, release, tokens)
+    export(Recipe(base=original, adapter=asked.adapter, out=tmp_path / "merged"), dtype="float32")
+    live = PeftModel.from_pretrained(rig.dense(original, AutoModelForCausalLM), adapter)
+    want, got = (
+        live.merge_and_unload().state_dict(),
+        rig.dense(tmp_path / "merged", AutoModelForCausalLM),
+    )
+    torch.testing.assert_close(dict(got.state_dict()), dict(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", [None, "attn.c_proj"])
+def test_a_kind_that_is_put_on_linears_only(
+    whole: str | None, tokenizer: Path, eval_text: Path, tmp_path: Path
+) -> None:
+    """OFT trained on packed linears, which is how it comes to a model of Conv1Ds."""
+    write("GPT2", tmp_path, tokenizer)
+    original, adapter = tmp_path / "original", tmp_path / "oft"
+    linear = build_skeleton(rig.dense(original, AutoModelForCausalLM).config).model
+    linear = linear.to_empty(device="cpu")
+    linear.tie_weights()
+    own = rig.dense(original, AutoModelForCausalLM).state_dict()
+    modules = linear.named_modules()
+    turned = {f"{n}.weight" for n, m in modules if n.endswith(("c_attn", "c_proj", "c_fc"))}
+    linear.load_state_dict({n: t.T if n in turned else t for n, t in own.items()})
+    targets = ["c_attn", "mlp.c_proj"]
+    config = OFTConfig(task_type="CAUSAL_LM", oft_block_size=8, r=0, target_modules=targets)
+    config.modules_to_save = [whole] if whole else None
+    tiny.train(linear, config, adapter)
+    asked = Recipe(base=original, adapter=(str(adapter),), out=tmp_path / "out")
+    if whole:
+        with pytest.raises(PlanError, match="Conv1D"):
+            export(asked, dtype="float32")
+        return
+    export(asked, dtype="float32")
+    want = tiny.reference(linear, adapter)
+    got = rig.dense(tmp_path / "out", AutoModelForCausalLM).state_dict()
+    torch.testing.assert_close(
+        dict(got), {n: t.T if n in turned else t for n, t in want.items()}, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ SMALL = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+VOCAB = {"vocab_size": 300, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 HEAD = {"head_dim": 16}
 MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 MLA = {
@@ -57,6 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": GPT,
     "GPT2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "OPT": {**GPT, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "XGLM": {"d_model": 64, "ffn_dim": 96, "num_layers": 3, "attention_heads": 4, **VOCAB},
     "Qwen3Moe": {**SMALL, **HEAD, **MOE},
     "Mixtral": {**SMALL, "num_local_experts": 4},
     "Qwen2Moe": {**SMALL, **MOE, "shared_expert_intermediate_size": 64},
@@ -118,6 +120,28 @@ def test_streamed_equals_forward(name: str) -> None:
     slices = [frame.logits(rows, at, frame.head_rows(at, at + 128)) for at in range(0, 300, 128)]
     torch.testing.assert_close(torch.cat(slices, 1).view_as(expected), expected)
     probe(skeleton)
+
+
+@pytest.mark.parametrize("name", ["Zamba", "CpmAnt"])
+def test_a_model_whose_layers_get_more_of_the_tokens_is_refused(name: str) -> None:
+    zamba = {"layers_block_type": ["mamba", "mamba", "hybrid"], "tie_word_embeddings": False}
+    settings: dict[str, dict[str, Any]] = {
+        "Zamba": {**SMALL, **zamba},
+        "CpmAnt": {**GPT, "dim_head": 16, "dim_ff": 96},
+    }
+    config = getattr(transformers, f"{name}Config")(**settings[name])
+    with pytest.raises(ModelError, match="layer by layer") as caught:
+        probe(build_skeleton(config))
+    assert "more of the tokens" in str(caught.value.hint)
+
+
+def test_a_model_that_cannot_be_made_with_few_layers_is_refused() -> None:
+    """Zamba's hybrid layers share the weights of the first of them."""
+    kinds = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
+    skeleton = build_skeleton(transformers.ZambaConfig(**{**SMALL, **kinds}))
+    with pytest.raises(ModelError, match="cannot be made with 2 layers") as caught:
+        probe(skeleton)
+    assert "layers that need others" in str(caught.value.hint)
 
 
 def test_a_model_with_state_between_layers_is_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qmerge.errors import PlanError
+from qmerge.errors import ModelError, PlanError
 from qmerge.export import export
 from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original, told
@@ -72,6 +72,66 @@ def test_what_transformers_leaves_out_is_told(tmp_path: Path) -> None:
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     (note,) = told(*open_model(tmp_path))
     assert note.endswith("no such model: mtp.fc.weight")
+
+
+MASK = torch.tril(torch.ones(1, 1, 64, 64)).bool()
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+OLD: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
+    "gpt2": (GPT, {"attn.masked_bias": torch.tensor(-1e4), "attn.bias": MASK}),
+    "gptj": ({**GPT, "rotary_dim": 4}, {"attn.masked_bias": torch.tensor(-1e9), "attn.bias": MASK}),
+    "gpt_neo": (
+        {**NEO, "attention_types": [[["global"], 1]]},
+        {"attn.attention.masked_bias": torch.tensor(-1e9), "attn.attention.bias": MASK},
+    ),
+    "codegen": ({**GPT, "rotary_dim": 4}, {"attn.causal_mask": MASK}),
+}
+"""Models of old and what their attention stored."""
+
+
+def with_old(folder: Path, kind: str, extra: dict[str, torch.Tensor]) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **OLD[kind][0])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    named = {f"transformer.h.0.{name}": tensor for name, tensor in extra.items()}
+    save_file(load_file(file) | named, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_masks_that_older_models_stored_are_left_out(kind: str, tmp_path: Path) -> None:
+    extra = OLD[kind][1]
+    (note,) = told(*open_model(with_old(tmp_path, kind, extra)))
+    assert all(note.count(f"transformer.h.0.{name}") == 1 for name in extra)
+
+
+@pytest.mark.parametrize("shape", [(32,), (1, 1, 64, 32), (1, 2, 64, 64)])
+def test_what_is_no_mask_is_not_left_out(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"does not know transformer\.h\.0\.attn\.bias"):
+        open_model(with_old(tmp_path, "gptj", {"attn.bias": torch.ones(shape)}))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_convolutions_that_transformers_joins_are_told(whole: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, OlmoHybridConfig
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = OlmoHybridConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, vocab_size=64,
+        layer_types=["linear_attention", "full_attention"], pad_token_id=None, **linear,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path, save_original_format=not whole)
+    if whole:  # as the hint says
+        _, weights = open_model(tmp_path)
+        name = "model.layers.0.linear_attn.conv1d.weight"
+        assert torch.equal(weights.tensor(name), model.state_dict()[name])
+        return
+    with pytest.raises(ModelError, match=r"makes model\.layers\.0\.linear_attn\.conv1d\.weight"):
+        open_model(tmp_path)
 
 
 # --- a packed head, beside a configuration that ties it -----------------------------------------
