@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmerge.errors import InputError, PlanError
-from qmerge.measure import check_limits, compare_results, limits_of
+from qmerge.measure import FEWEST_WINDOWS, check_limits, compare_results, limits_of
 from qmerge.progress import Progress
 from qmerge.recipe import CompareRecipe
 from qmerge.reread import REPORT, read_report
@@ -24,9 +24,9 @@ class Compared:
 
     @property
     def passed(self) -> bool:
-        """No regression, and no limit fell."""
+        """No regression, no corpus missing, and no limit fell."""
         held = all(verdict.passed for verdict in self.new.gate)
-        return self.comparison.verdict != "worse" and held
+        return self.comparison.verdict in ("same", "better") and held
 
 
 def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Compared:
@@ -65,16 +65,22 @@ def _of_one_model(place: str) -> RunResult:
 def _scored(recipe: CompareRecipe, progress: Progress | None) -> tuple[RunResult, RunResult]:
     from qmerge.evaluate import evaluate
 
-    both = evaluate(recipe.scoring(), progress)
+    both = evaluate(recipe.scoring(), progress, fewest=FEWEST_WINDOWS)
     return replace(both, subject=OLD), replace(both, subject=NEW)
 
 
 def _with_gate(recipe: CompareRecipe, comparison: Comparison, new: RunResult) -> RunResult:
-    """The limits hold on every corpus that both have."""
-    subject = new.subject or ""
+    """The limits hold on every corpus of either; against OLD, on those that it has."""
+    subject, limits = new.subject or "", limits_of(recipe)
     scores = {
         corpus: replace(new.arms[subject][corpus], change=found.change)
         for corpus, found in comparison.corpora.items()
     }
-    verdicts = check_limits(replace(new, arms={subject: scores}), limits_of(recipe))
+    measured = replace(new, arms={subject: scores})
+    verdicts = check_limits(measured, limits, missing=comparison.missing)
+    found = new.arms[subject]
+    added = {name: found[name] for name in comparison.added if name in found}
+    if added:
+        alone = replace(limits, max_ppl_increase=None, min_survival=None)
+        verdicts += check_limits(replace(new, arms={subject: added}, merge=None), alone)
     return replace(new, gate=verdicts)

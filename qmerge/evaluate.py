@@ -18,7 +18,7 @@ from qmerge.corpus import Corpus
 from qmerge.errors import Fault, InputError, PlanError
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
-from qmerge.measure import check_limits, limits_of, score_arms
+from qmerge.measure import check_limits, limits_of, score_arms, too_few_windows
 from qmerge.meter import Meter
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
@@ -77,23 +77,26 @@ class Model:
         return outer_weights(self.skeleton, self.change, self.skeleton.units(), self.weights)
 
 
-def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunResult:
+def evaluate(
+    recipe: EvaluateRecipe, progress: Progress | None = None, *, fewest: int = 1
+) -> RunResult:
     """Perplexity of each model, and what sets it apart from the reference where one is named.
 
-    Raises `PlanError` with everything that cannot be opened. Memory is one layer of one model and
-    a few windows; hidden states are spilled to a temporary folder.
+    Raises `PlanError` with everything that cannot be opened, and texts of less than the `fewest`
+    windows. Memory is one layer of one model and a few windows; hidden states are spilled to a
+    temporary folder.
     """
     keep_freed()
     with Meter() as meter:
-        return _evaluate(recipe, progress or Silent(), meter)
+        return _evaluate(recipe, progress or Silent(), meter, fewest)
 
 
-def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunResult:
+def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter, fewest: int) -> RunResult:
     began = time.monotonic()
     progress.stage("open", 1)
     progress.step("reading headers")
     with meter.stage("open"):
-        models, corpora = _open(recipe)
+        models, corpora = _open(recipe, fewest)
         inputs = _inputs(models)
         kept = _recorded_survival(recipe, models, inputs)
     notes = tuple(f"{model.name}: {note}" for model in models for note in model.notes)
@@ -135,7 +138,7 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
     return replace(result, gate=check_limits(result, limits_of(recipe), kept))
 
 
-def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
+def _open(recipe: EvaluateRecipe, fewest: int) -> tuple[list[Model], tuple[Corpus, ...]]:
     faults = Faults()
     faults.found += recipe.faults()
     models: list[Model] = []
@@ -146,6 +149,10 @@ def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...]]:
     if not faults.found:
         with faults.at("tokenizer"):
             corpora = _texts(models, recipe, faults)
+        for corpus in corpora:
+            if len(corpus.tokens) < fewest:
+                with faults.at("--eval"):
+                    raise too_few_windows(corpus.name)
     if faults.found:
         raise PlanError(faults.found)
     return models, corpora

@@ -3,7 +3,7 @@ fails whatever the limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qmerge.recipe import Scoring
@@ -81,15 +81,24 @@ def limits_of(asked: Scoring) -> Limits:
 
 
 def check_limits(
-    result: RunResult, limits: Limits, kept: Mapping[str, Survival | None] | None = None
+    result: RunResult,
+    limits: Limits,
+    kept: Mapping[str, Survival | None] | None = None,
+    missing: Iterable[str] = (),
 ) -> tuple[GateVerdict, ...]:
     """One verdict per limit and corpus for the subject, or for every arm but the reference where
-    there is none; survival once, or for each model that has it in `kept`. One that failed, too,
-    where the merged model is not the trained one: nobody has to ask for that.
+    there is none; survival once, or for each model that has it in `kept`. On corpora that are
+    `missing` nothing was measured. One that failed, too, where the merged model is not the trained
+    one: nobody has to ask for that.
 
     Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
     """
-    verdicts = [v for of, scores in _checked(result) for v in _on_corpora(of, scores, limits)]
+    gone: dict[str, ArmScore | None] = dict.fromkeys(missing)
+    verdicts = [
+        verdict
+        for of, scores in _checked(result)
+        for verdict in _on_corpora(of, {**scores, **gone}, limits)
+    ]
     if limits.min_survival is not None:
         models = {f" of {name}": found for name, found in (kept or {}).items()}
         for of, found in (models or {"": result.survival}).items():
@@ -118,7 +127,9 @@ def _checked(result: RunResult) -> list[tuple[str, Mapping[str, ArmScore]]]:
     return arms or [("", {})]
 
 
-def _on_corpora(of: str, scores: Mapping[str, ArmScore], limits: Limits) -> Iterator[GateVerdict]:
+def _on_corpora(
+    of: str, scores: Mapping[str, ArmScore | None], limits: Limits
+) -> Iterator[GateVerdict]:
     found: list[tuple[str | None, ArmScore | None]] = [*scores.items()]
     for corpus, score in found or [(None, None)]:
         for kept, read in ON_CORPORA:
