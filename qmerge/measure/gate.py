@@ -1,8 +1,9 @@
 """Limits that a release must keep, against the reference, on every corpus; a merge that went wrong
-fails whatever the limits."""
+and scores that are not finite fail whatever the limits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -67,6 +68,8 @@ ON_CORPORA: tuple[tuple[_Kept, Callable[[ArmScore], float | None]], ...] = (
     (_Kept(limit="max_kl", what="mean KL"), _kl),
     (_Kept(limit="min_same_top", what="same top token", floor=True, share=True), _same_top),
 )
+FINITE = "finite"
+"""No limit that is asked for: what is said of scores that are no numbers."""
 ON_MODEL = _Kept(limit="min_survival", what="adapter survival", floor=True)
 
 
@@ -88,8 +91,8 @@ def check_limits(
 ) -> tuple[GateVerdict, ...]:
     """One verdict per limit and corpus for the subject, or for every arm but the reference where
     there is none; survival once, or for each model that has it in `kept`. On corpora that are
-    `missing` nothing was measured. One that failed, too, where the merged model is not the trained
-    one: nobody has to ask for that.
+    `missing` nothing was measured. One that failed, too, where scores are not finite and where the
+    merged model is not the trained one: nobody has to ask for that.
 
     Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
     """
@@ -104,7 +107,25 @@ def check_limits(
         for of, found in (models or {"": result.survival}).items():
             value = found.survival if found else None
             verdicts.append(ON_MODEL.verdict(value, limits.min_survival, of, None))
-    return (*verdicts, *_on_merge(result.merge))
+    return (*verdicts, *_on_scores(result), *_on_merge(result.merge))
+
+
+def _on_scores(result: RunResult) -> Iterator[GateVerdict]:
+    for of, scores in _checked(result):
+        for corpus, score in scores.items():
+            change, kl = score.change, score.kl
+            figures = [score.perplexity]
+            figures += [change.ratio] if change is not None else []
+            figures += [kl.mean] if kl is not None else []
+            if not all(map(math.isfinite, figures)):
+                yield GateVerdict(
+                    limit=FINITE,
+                    corpus=corpus,
+                    value=math.nan,
+                    bound=math.inf,
+                    passed=False,
+                    text=f"score{of} on {corpus} is not finite",
+                )
 
 
 def _on_merge(merge: MergeCheck | None) -> Iterator[GateVerdict]:

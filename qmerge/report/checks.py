@@ -44,13 +44,14 @@ class Checked:
 
 
 def of_result(result: RunResult) -> Checked:
-    """The limits; that there are scores at all is a check of its own."""
+    """The limits; that there are scores at all, and finite ones, is a check of its own."""
     sentence = verdict(result).sentence
+    scored = all(found.passed for found in result.gate if found.limit == "finite")
     found = [f"- {coded(line, result)}" for line in findings(result)]
     return Checked(
         command=f"qmerge {result.command}",
         sentence=sentence,
-        checks=(Check(name="scored", passed=True, text=sentence), *_limits(result.gate)),
+        checks=(Check(name="scored", passed=scored, text=sentence), *_limits(result.gate)),
         warnings=result.warnings,
         seconds=result.timings.get("total", 0.0),
         text=render(result),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report.checks import Check, of_comparison, of_result
@@ -44,6 +45,20 @@ def test_a_result_brings_its_words() -> None:
     assert found.warnings == finished().warnings
     assert "FAILED mean KL on plays" in found.text
     assert "| release |" in found.markdown
+
+
+def test_scores_that_are_not_finite_are_a_check_that_fails() -> None:
+    release = {
+        corpus: dataclasses.replace(score, perplexity=math.nan)
+        for corpus, score in finished().arms["release"].items()
+    }
+    broken = dataclasses.replace(finished(), arms={**finished().arms, "release": release})
+    found = of_result(gated(broken, Limits())).checks
+    assert [(check.name, check.passed) for check in found] == [
+        ("scored", False),
+        ("score on plays", False),
+        ("score on encyclopedia", False),
+    ]
 
 
 def test_a_comparison_checks_each_text() -> None:
