@@ -43,7 +43,7 @@ from qmerge.storage.shards import (
     write_json,
     write_pieces,
 )
-from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
+from qmerge.texts import check_tokens, has_tokenizer, load_tokenizer, tokenizer_home
 from qmerge.tuning import open_tuning, tuning_notes
 
 MERGED_AT_ONCE = 1 << 19
@@ -64,7 +64,7 @@ def export(
     Raises `PlanError` with every fault of what is to be merged.
     """
     progress = progress or Silent()
-    if recipe.out.exists():
+    if recipe.out.exists() or recipe.out.is_symlink():
         raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
     source = _open(recipe)
     weights, change = source.weights, source.change
@@ -118,6 +118,8 @@ def _open(recipe: Recipe) -> _Source:
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             rows = vocabulary_of(shape.skeleton)
             check_tokens(tokenizer, home, recipe.base, rows, trust=trust)
+    elif not has_tokenizer(home, trust_remote_code=trust):
+        notes.append(f"{home} holds no tokenizer, and neither will {recipe.out}")
     if faults.found:
         raise PlanError(faults.found)
     if tuning:

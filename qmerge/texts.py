@@ -18,6 +18,7 @@ from qmerge.storage.files import read_json
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOKENIZER_HINT = "the folder needs the tokenizer files that came with the model"
 ROWS_HINT = "save the adapter again with save_embedding_layers=True, or give --partial-state"
 TOKENS_AT_ONCE = 4096
 """Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
@@ -37,17 +38,33 @@ def tokenizer_home(base: Path, *trained: Path | None) -> Path:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder; `CorpusError` where transformers cannot make one of it."""
+    """The tokenizer of a folder; `CorpusError` where transformers cannot make one of it, or makes
+    one of the config alone, which knows no token but special ones."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        hint = "the folder needs the tokenizer files that came with the model"
         raise CorpusError(
             f"{folder}: transformers cannot open the tokenizer: {first_line(error)}",
-            hint=REMOTE_CODE_HINT if _has_own_code(folder) and not trust_remote_code else hint,
+            hint=REMOTE_CODE_HINT
+            if _has_own_code(folder) and not trust_remote_code
+            else TOKENIZER_HINT,
         ) from error
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise CorpusError(f"{folder}: holds no tokenizer", hint=TOKENIZER_HINT)
+    return tokenizer
+
+
+def has_tokenizer(folder: Path, *, trust_remote_code: bool) -> bool:
+    """Whether there is one; transformers is asked only where no file has a usual name."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return True
+    try:
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except CorpusError:
+        return False
+    return True
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:

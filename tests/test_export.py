@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from qmerge.cli import group
+from qmerge.cli import group, status
 from qmerge.errors import CheckpointError, InputError, RecipeError
 from qmerge.export import export
 from qmerge.formats import open_format
@@ -395,3 +395,19 @@ def test_what_a_killed_one_left_is_told_and_kept(tiny_nf4: Path, tmp_path: Path)
 def test_an_existing_folder_is_not_written_to(tiny_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists"):
         export(Recipe(base=tiny_nf4, out=tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="exists"):
+        export(Recipe(base=tiny_nf4, out=tmp_path / "link"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_base_without_a_tokenizer_is_told(
+    tiny_original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    without = shutil.ignore_patterns("tokenizer*")
+    for source, noted in ((tiny_original, False), (base, True)):
+        out = tmp_path / f"out-{noted}"
+        assert status(["dequantize", str(source), str(out)]) == 0
+        assert (f"{base} holds no tokenizer" in capsys.readouterr().err) == noted
+        shutil.copytree(tiny_original, base, ignore=without, dirs_exist_ok=True)
