@@ -17,6 +17,7 @@ from qmerge import cli
 from qmerge.measure import Limits, check_limits
 from qmerge.progress import Progress
 from qmerge.results import RunResult
+from qmerge.storage.shards import sha256_file
 from tests.samples import finished
 
 RUN = ["run", "--base", "b", "--adapter", "a", "--out", "o"]
@@ -170,6 +171,27 @@ def test_links_are_followed_and_a_pipe_stays_one(
     finally:
         os.close(read)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gate.xml", "link", "pipe"]
+
+
+def test_report_does_not_replace_what_a_release_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, report = tmp_path / "report.html", tmp_path / "qmerge_report.json"
+    page.write_text("page")
+    release = finished().release
+    assert release is not None
+    whole = dataclasses.replace(release, files={page.name: sha256_file(page)})
+    report.write_text(json.dumps(dataclasses.replace(finished(), release=whole).to_dict()))
+    kept = report.read_bytes()
+    for file in (page, report):
+        for run in (tmp_path, report):
+            assert cli.status(["report", str(run), "--out", str(file)]) == 2
+            told = capsys.readouterr().err
+            assert f"{file} belongs to the release" in told
+            assert "hint: give another name" in told
+    assert (page.read_text(), report.read_bytes()) == ("page", kept)
+    page.write_text("a page of something else")
+    assert cli.status(["report", str(tmp_path), "--out", str(page)]) == 0
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
