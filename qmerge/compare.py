@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmerge.errors import InputError, PlanError
+from qmerge.errors import Fault, InputError, PlanError
 from qmerge.measure import FEWEST_WINDOWS, check_limits, compare_results, limits_of
+from qmerge.options import options
 from qmerge.progress import Progress
 from qmerge.recipe import CompareRecipe
 from qmerge.reread import REPORT, read_report
@@ -36,11 +38,24 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Compared
     reference that NEW was measured against, which is OLD where both are scored here. CorpusError
     names a corpus of which the two have other tokens.
     """
-    if recipe.faults():
-        raise PlanError(recipe.faults())
+    faults = (*recipe.faults(), *_for_scoring_alone(recipe))
+    if faults:
+        raise PlanError(faults)
     old, new = _scored(recipe, progress) if recipe.eval else _reported(recipe)
     comparison = compare_results(old, new)
     return Compared(comparison=comparison, new=_with_gate(recipe, comparison, new))
+
+
+def _for_scoring_alone(recipe: CompareRecipe) -> Iterator[Fault]:
+    """Reports hold what was scored: nothing that says how to score changes that."""
+    for each in options(CompareRecipe):
+        given = getattr(recipe, each.name) != each.default
+        if not recipe.eval and each.section == "Text" and given:
+            yield Fault(
+                where=each.flag,
+                message="is for scoring, and reports are compared as they are",
+                hint="give --eval TEXT to score both, or leave it out",
+            )
 
 
 def _reported(recipe: CompareRecipe) -> tuple[RunResult, RunResult]:

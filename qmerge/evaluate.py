@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _open(recipe: EvaluateRecipe, fewest: int) -> tuple[list[Model], tuple[Corpu
     faults = Faults()
     faults.found += recipe.faults()
     models: list[Model] = []
-    for asked in recipe.contestants():
+    for asked in _asked(recipe):
         with faults.at(asked.name):
             models.append(_open_model(asked, recipe, faults))
     corpora: tuple[Corpus, ...] = ()
@@ -156,6 +156,22 @@ def _open(recipe: EvaluateRecipe, fewest: int) -> tuple[list[Model], tuple[Corpu
     if faults.found:
         raise PlanError(faults.found)
     return models, corpora
+
+
+def _asked(recipe: EvaluateRecipe) -> Iterator[Contestant]:
+    """The checkpoints as asked for; a folder whose name is all of a text is that folder, whatever
+    signs are in it, and so is one whose name is all behind NAME=."""
+    for text, asked in zip(recipe.models, recipe.contestants(), strict=True):
+        whole = [Path(name) for name in (text, text.removeprefix(f"{asked.name}="))]
+        folder = next((path for path in whole if _is_folder(path)), None)
+        yield replace(asked, folder=folder, adapter=None) if folder else asked
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, load_corpus
+from qmerge.corpus import Corpus, is_file, load_corpus
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
@@ -152,13 +153,21 @@ def window_length(asked: int | None, skeleton: Skeleton) -> int:
     return asked or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
 
 
+def _asked(scoring: Scoring) -> tuple[EvalText, ...]:
+    """The texts as asked for; a file whose name is all of NAME=SPEC is that file."""
+    return tuple(
+        replace(text, spec=given) if is_file(given) else text
+        for given, text in zip(scoring.eval, scoring.eval_texts(), strict=True)
+    )
+
+
 def evaluation_texts(
     scoring: Scoring, tokenizer: Any, length: int, faults: Faults, seed: int = 0
 ) -> tuple[Corpus, ...]:
     """The evaluation corpora, one fault for each that cannot be had."""
     windows = None if scoring.eval_windows == "all" else scoring.eval_windows
     found = []
-    for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
+    for text in _asked(scoring) or (OFFLINE_EVALUATION,):
         with faults.at(f"--eval {text.spec}"):
             if image_rows(text.spec) is not None:
                 raise CorpusError(

@@ -15,8 +15,9 @@ import torch
 from qmerge import cli, demo
 from qmerge.compare import compare
 from qmerge.errors import CorpusError, InputError, PlanError
+from qmerge.evaluate import evaluate
 from qmerge.job import Settings
-from qmerge.recipe import CompareRecipe
+from qmerge.recipe import CompareRecipe, EvaluateRecipe
 from qmerge.results import Corpora, RunResult
 from qmerge.stages.requantize import Requantizer
 from qmerge.walk import Walk
@@ -111,6 +112,16 @@ def test_a_model_without_a_report_needs_text(old: str, tmp_path: Path) -> None:
 def test_survival_is_not_scored() -> None:
     with pytest.raises(PlanError, match="--min-survival"):
         compare(CompareRecipe(old="a", new="b", eval=("t.txt",), min_survival=0.9))
+
+
+@pytest.mark.parametrize("given", [["--eval-windows", "4"], ["--sequence-length", "64"]])
+def test_options_of_scoring_are_not_ignored(
+    given: list[str], old: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.status(["compare", old, old, *given]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {given[0]}: is for scoring")
+    assert "--eval" in told.splitlines()[1]
 
 
 def test_scoring_names_the_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +267,21 @@ def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     grown = [line.split()[-1] for line in told.splitlines() if "larger error" in line]
     assert len(grown) >= 7
     assert all(name.startswith("model.layers.1.") for name in grown[:7])
+
+
+def test_names_that_are_there_as_a_whole_are_not_taken_apart(
+    tiny_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m+1", "n=2"):
+        Path(name).symlink_to(tiny_original)
+    Path("a=b.txt").write_text("Who's there? " * 40, encoding="utf-8")
+    scoring: dict[str, Any] = {"eval": ("a=b.txt",), "sequence_length": 64}
+    result = evaluate(EvaluateRecipe(models=("m+1", "n=2", "x=m+1"), **scoring))
+    folders = {name: record.path for name, record in result.inputs.items()}
+    assert folders == {"m+1": "m+1", "n": "n=2", "x": "m+1"}
+    assert [record.source for record in result.corpora.evaluation.values()] == ["a=b.txt"]
+    assert compare(CompareRecipe(old="m+1", new="n=2", **scoring)).comparison.verdict == "same"
 
 
 def test_checkpoints_are_scored_side_by_side(
