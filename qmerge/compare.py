@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qmerge.errors import InputError, PlanError
-from qmerge.measure import check_limits, compare_results, limits_of
+from qmerge.errors import Fault, InputError, PlanError
+from qmerge.measure import FEWEST_WINDOWS, check_limits, compare_results, limits_of
+from qmerge.options import options
 from qmerge.progress import Progress
 from qmerge.recipe import CompareRecipe
 from qmerge.reread import REPORT, read_report
@@ -24,9 +26,9 @@ class Compared:
 
     @property
     def passed(self) -> bool:
-        """No regression, and no limit fell."""
+        """No regression, no corpus missing, and no limit fell."""
         held = all(verdict.passed for verdict in self.new.gate)
-        return self.comparison.verdict != "worse" and held
+        return self.comparison.verdict in ("same", "better") and held
 
 
 def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Compared:
@@ -36,11 +38,24 @@ def compare(recipe: CompareRecipe, progress: Progress | None = None) -> Compared
     reference that NEW was measured against, which is OLD where both are scored here. CorpusError
     names a corpus of which the two have other tokens.
     """
-    if recipe.faults():
-        raise PlanError(recipe.faults())
+    faults = (*recipe.faults(), *_for_scoring_alone(recipe))
+    if faults:
+        raise PlanError(faults)
     old, new = _scored(recipe, progress) if recipe.eval else _reported(recipe)
     comparison = compare_results(old, new)
     return Compared(comparison=comparison, new=_with_gate(recipe, comparison, new))
+
+
+def _for_scoring_alone(recipe: CompareRecipe) -> Iterator[Fault]:
+    """Reports hold what was scored: nothing that says how to score changes that."""
+    for each in options(CompareRecipe):
+        given = getattr(recipe, each.name) != each.default
+        if not recipe.eval and each.section == "Text" and given:
+            yield Fault(
+                where=each.flag,
+                message="is for scoring, and reports are compared as they are",
+                hint="give --eval TEXT to score both, or leave it out",
+            )
 
 
 def _reported(recipe: CompareRecipe) -> tuple[RunResult, RunResult]:
@@ -65,16 +80,22 @@ def _of_one_model(place: str) -> RunResult:
 def _scored(recipe: CompareRecipe, progress: Progress | None) -> tuple[RunResult, RunResult]:
     from qmerge.evaluate import evaluate
 
-    both = evaluate(recipe.scoring(), progress)
+    both = evaluate(recipe.scoring(), progress, fewest=FEWEST_WINDOWS)
     return replace(both, subject=OLD), replace(both, subject=NEW)
 
 
 def _with_gate(recipe: CompareRecipe, comparison: Comparison, new: RunResult) -> RunResult:
-    """The limits hold on every corpus that both have."""
-    subject = new.subject or ""
+    """The limits hold on every corpus of either; against OLD, on those that it has."""
+    subject, limits = new.subject or "", limits_of(recipe)
     scores = {
         corpus: replace(new.arms[subject][corpus], change=found.change)
         for corpus, found in comparison.corpora.items()
     }
-    verdicts = check_limits(replace(new, arms={subject: scores}), limits_of(recipe))
+    measured = replace(new, arms={subject: scores})
+    verdicts = check_limits(measured, limits, missing=comparison.missing)
+    found = new.arms[subject]
+    added = {name: found[name] for name in comparison.added if name in found}
+    if added:
+        alone = replace(limits, max_ppl_increase=None, min_survival=None)
+        verdicts += check_limits(replace(new, arms={subject: added}, merge=None), alone)
     return replace(new, gate=verdicts)

@@ -192,12 +192,13 @@ def split_column(spec: str) -> tuple[Path, str | None]:
     """File and column; a file whose name is the whole SPEC wins."""
     whole = expanded(spec)
     path, colon, column = spec.rpartition(":")
-    if not colon or _is_file(whole) or Path(path).suffix not in _FILE_SUFFIXES:
+    if not colon or is_file(whole) or Path(path).suffix not in _FILE_SUFFIXES:
         return whole, None
     return expanded(path), column
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether it is one; what no path can be is none."""
     try:
         return path.is_file()
     except OSError:  # a name that is too long, a folder that may not be read
@@ -216,18 +217,27 @@ def _file_rows(spec: str, file: Path, column: str | None) -> str | list[Any]:
     if file.suffix not in _FILE_SUFFIXES:
         raise CorpusError(
             f"{spec}: neither a recipe nor a {', '.join(_FILE_SUFFIXES)} file",
-            hint=f"recipes are {', '.join(text_recipes())}",
+            hint=_recipes_hint(),
         )
-    if not _is_file(file):
-        raise CorpusError(f"{file}: no such file")
+    if not is_file(file):
+        raise CorpusError(f"{file}: no such file", hint=f"look at the path; {_recipes_hint()}")
     try:
         if file.suffix == ".txt":
             if column is not None:
                 raise CorpusError(f"{spec}: a text file has no column {column!r}")
             return file.read_text("utf-8-sig")
         return jsonl_rows(file) if file.suffix == ".jsonl" else _parquet_rows(file)
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{file}: cannot be read: {error}",
+            hint="save it in UTF-8; `iconv -f LATIN1 -t UTF-8` makes it of Latin-1",
+        ) from error
+    except OSError as error:
         raise CorpusError(f"{file}: cannot be read: {error}") from error
+
+
+def _recipes_hint() -> str:
+    return f"recipes are {', '.join(text_recipes())}"
 
 
 def jsonl_rows(file: Path) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from qmerge.corpus import Corpus
 from qmerge.errors import Fault, InputError, PlanError
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
-from qmerge.measure import check_limits, limits_of, score_arms
+from qmerge.measure import check_limits, limits_of, score_arms, too_few_windows
 from qmerge.meter import Meter
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
@@ -79,23 +79,26 @@ class Model:
         return outer_weights(self.skeleton, self.change, self.skeleton.units(), self.weights)
 
 
-def evaluate(recipe: EvaluateRecipe, progress: Progress | None = None) -> RunResult:
+def evaluate(
+    recipe: EvaluateRecipe, progress: Progress | None = None, *, fewest: int = 1
+) -> RunResult:
     """Perplexity of each model, and what sets it apart from the reference where one is named.
 
-    Raises `PlanError` with everything that cannot be opened. Memory is one layer of one model and
-    a few windows; hidden states are spilled to a temporary folder.
+    Raises `PlanError` with everything that cannot be opened, and texts of less than the `fewest`
+    windows. Memory is one layer of one model and a few windows; hidden states are spilled to a
+    temporary folder.
     """
     keep_freed()
     with Meter() as meter:
-        return _evaluate(recipe, progress or Silent(), meter)
+        return _evaluate(recipe, progress or Silent(), meter, fewest)
 
 
-def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunResult:
+def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter, fewest: int) -> RunResult:
     began = time.monotonic()
     progress.stage("open", 1)
     progress.step("reading headers")
     with meter.stage("open"):
-        models, corpora, device = _open(recipe)
+        models, corpora, device = _open(recipe, fewest)
         inputs = _inputs(models)
         kept = _recorded_survival(recipe, models, inputs)
     own = (f"{model.name}: {note}" for model in models for note in model.notes)
@@ -137,24 +140,46 @@ def _evaluate(recipe: EvaluateRecipe, progress: Progress, meter: Meter) -> RunRe
     return replace(result, gate=check_limits(result, limits_of(recipe), kept))
 
 
-def _open(recipe: EvaluateRecipe) -> tuple[list[Model], tuple[Corpus, ...], torch.device]:
+def _open(
+    recipe: EvaluateRecipe, fewest: int
+) -> tuple[list[Model], tuple[Corpus, ...], torch.device]:
     faults, device = Faults(), torch.device("cpu")
     faults.found += recipe.faults()
     with faults.at("--device"):
         device = pick_device(recipe.device)
     models: list[Model] = []
-    for asked in recipe.contestants():
+    for asked in _asked(recipe):
         with faults.at(asked.name):
             models.append(_open_model(asked, recipe, faults))
     corpora: tuple[Corpus, ...] = ()
     if not faults.found:
         with faults.at("tokenizer"):
             corpora = _texts(models, recipe, faults)
+        for corpus in corpora:
+            if len(corpus.tokens) < fewest:
+                with faults.at("--eval"):
+                    raise too_few_windows(corpus.name)
     else:
         check_texts(recipe, faults)
     if faults.found:
         raise PlanError(faults.found)
     return models, corpora, device
+
+
+def _asked(recipe: EvaluateRecipe) -> Iterator[Contestant]:
+    """The checkpoints as asked for; a folder whose name is all of a text is that folder, whatever
+    signs are in it, and so is one whose name is all behind NAME=."""
+    for text, asked in zip(recipe.models, recipe.contestants(), strict=True):
+        whole = [Path(name) for name in (text, text.removeprefix(f"{asked.name}="))]
+        folder = next((path for path in whole if _is_folder(path)), None)
+        yield replace(asked, folder=folder, adapter=None) if folder else asked
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
 
 
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:

@@ -5,6 +5,7 @@ Streamed unit by unit; nothing appears at the given place before all of it is on
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,11 +43,13 @@ from qmerge.storage.shards import (
     write_json,
     write_pieces,
 )
-from qmerge.texts import check_tokens, load_tokenizer, tokenizer_home
+from qmerge.texts import check_tokens, has_tokenizer, load_tokenizer, tokenizer_home
 from qmerge.tuning import open_tuning, tuning_notes
 
 MERGED_AT_ONCE = 1 << 19
 """Elements that are merged at a time where rows are merged one by one: what stays in cache."""
+CHECKED_AT_ONCE = 1 << 18
+"""Elements that are looked at and then written, while they are in cache."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,7 +64,7 @@ def export(
     Raises `PlanError` with every fault of what is to be merged.
     """
     progress = progress or Silent()
-    if recipe.out.exists():
+    if recipe.out.exists() or recipe.out.is_symlink():
         raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
     source = _open(recipe)
     weights, change = source.weights, source.change
@@ -115,6 +118,8 @@ def _open(recipe: Recipe) -> _Source:
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             rows = vocabulary_of(shape.skeleton)
             check_tokens(tokenizer, home, recipe.base, rows, trust=trust)
+    elif not has_tokenizer(home, trust_remote_code=trust):
+        notes.append(f"{home} holds no tokenizer, and neither will {recipe.out}")
     if faults.found:
         raise PlanError(faults.found)
     if tuning:
@@ -168,13 +173,11 @@ def _write_unit(
             return stacks[own].pieces(lambda name: merged.whole(stored[name]))
         return merged.pieces(stored[own])
 
-    def held(own: str) -> Iterator[torch.Tensor]:
-        # Codes times steps of 16 bits do not come near; looking at them all would cost time.
-        packed = own in stored and weights.is_quantized(stored[own])
-        return pieces(own) if packed or dtype != torch.float16 else _held(own, pieces(own))
+    def checked(own: str) -> Iterator[torch.Tensor]:
+        return _finite(own, pieces(own))
 
     path = folder / f"model-{number:05}-of-{count:05}.safetensors"
-    record = write_pieces(path, _shapes(weights, stored, stacks, dtype), held)
+    record = write_pieces(path, _shapes(weights, stored, stacks, dtype), checked)
     if merged.as_a_whole:
         give_back()  # each thread has a heap of its own
     return record
@@ -239,15 +242,30 @@ class _Merged:
         return waiting.pop(parameter)
 
 
-def _held(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The pieces of a tensor in float16; InputError where a value was beyond it."""
+def _finite(name: str, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The values of a tensor, some at a time; InputError where one is not finite.
+
+    A sum shows that, in the cache from which they are written and in a twentieth of the time that
+    `isfinite` takes; one that overflows by itself is looked at again.
+    """
     for piece in pieces:
-        if piece.numel() and any(bool(end.isinf()) for end in piece.aminmax()):
-            raise InputError(
-                f"{name}: holds values beyond 65504, which float16 cannot",
-                hint="use --dtype bfloat16 or float32",
-            )
-        yield piece
+        for part in torch.split(piece.reshape(-1), CHECKED_AT_ONCE):
+            if not math.isfinite(part.sum().item()):
+                _refuse_infinite(name, part)
+            yield part
+
+
+def _refuse_infinite(name: str, part: torch.Tensor) -> None:
+    if part.isinf().any() and not part.isnan().any() and part.dtype == torch.float16:
+        raise InputError(
+            f"{name}: holds values beyond 65504, which float16 cannot",
+            hint="use --dtype bfloat16 or float32",
+        )
+    if not part.isfinite().all():
+        raise InputError(
+            f"{name}: holds values that are not finite",
+            hint="the training or the merge that wrote this checkpoint failed on this layer",
+        )
 
 
 def _shapes(

@@ -123,7 +123,7 @@ def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
 
 def _finished(recipe: Recipe) -> RunResult | None:
     """The result of this very run where it was stopped after its release had appeared."""
-    if Workspace.tidy(recipe.out) != recipe.to_yaml():
+    if not recipe.out.name or Workspace.tidy(recipe.out) != recipe.to_yaml():
         return None
     return RunResult.from_dict(read_json(recipe.out / REPORT), source=str(recipe.out / REPORT))
 

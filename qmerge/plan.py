@@ -353,7 +353,7 @@ def _texts(
             recipe.seed,
             lambda: load_processor(recipe.base, trust_remote_code=trusted),
         )
-    evaluation = evaluation_texts(recipe, tokenizer, length, faults, recipe.seed) if scored else ()
+    evaluation = evaluation_texts(recipe, tokenizer, length, faults) if scored else ()
     for option, given in (("--calibration", recipe.calibration), ("--eval", recipe.eval)):
         if not given:
             notes.append(

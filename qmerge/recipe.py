@@ -471,7 +471,8 @@ class EvaluateRecipe(Scoring):
         found = super().faults() + _repeated(names, "checkpoints")
         if self.reference is not None and self.reference not in names:
             message = f"no checkpoint is named {self.reference!r}; there is {', '.join(names)}"
-            found += (Fault(where="--reference", message=message),)
+            hint = "give one of those, or a name of your own: NAME=DIR"
+            found += (Fault(where="--reference", message=message, hint=hint),)
         return found + self._limits_without_a_reference()
 
     def _limits_without_a_reference(self) -> tuple[Fault, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from qmerge.errors import InputError
 from qmerge.results import RunResult
 from qmerge.storage.files import read_json
+from qmerge.storage.shards import sha256_file
 
 REPORT = "qmerge_report.json"
 
@@ -31,6 +32,18 @@ def read_report(path: Path) -> RunResult:
             if score.window_kl:
                 _check_windows(result, corpus, len(score.window_kl), f"{file}: arms.{arm}.{corpus}")
     return result
+
+
+def is_of_release(file: Path, path: Path, result: RunResult) -> bool:
+    """Whether `file` is the report that was read at `path`, or as it says that the release has it:
+    `qmerge verify` would find another one in its place."""
+    report = find_report(path)
+    if file.resolve() == report.resolve():
+        return True
+    files = result.release.files if result.release is not None else {}
+    own = {(report.parent / name).resolve(): digest for name, digest in files.items()}
+    digest = own.get(file.resolve())
+    return digest is not None and file.is_file() and sha256_file(file) == digest
 
 
 def _check_windows(result: RunResult, corpus: str, found: int, where: str) -> None:

@@ -298,19 +298,27 @@ class GateVerdict:
 @dataclass(frozen=True, kw_only=True)
 class CorpusComparison:
     """Two releases on the same windows. `kl` is new minus old, None unless both were measured
-    against the same reference. `verdict` is "better", "worse" or "same" beyond noise."""
+    against the same reference. `verdict` is "better", "worse" or "same" beyond noise; worse, too,
+    where the new one's scores are not `finite`."""
 
     verdict: str
     change: Change
     kl: Estimate | None = None
+    finite: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two runs side by side; `layers` names those whose error rose the most, worst first."""
+    """Two runs side by side; `layers` names those whose error rose the most, worst first.
+
+    `missing` are corpora that only the old one was scored on, `added` those of the new one alone.
+    With one missing, what is not "worse" is "incomplete".
+    """
 
     verdict: str
     corpora: Mapping[str, CorpusComparison]
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     survival: tuple[float | None, ...] = (None, None)
     layers: tuple[str, ...] = ()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, check_spec, load_corpus, overlap
+from qmerge.corpus import Corpus, check_spec, is_file, load_corpus, overlap
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
@@ -18,6 +19,7 @@ from qmerge.storage.files import read_json
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOKENIZER_HINT = "the folder needs the tokenizer files that came with the model"
 ROWS_HINT = "save the adapter again with save_embedding_layers=True, or give --partial-state"
 TOKENS_AT_ONCE = 4096
 """Tokens that go through a layer at once, the micro-batch of every arm and of calibration."""
@@ -37,17 +39,33 @@ def tokenizer_home(base: Path, *trained: Path | None) -> Path:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder; `CorpusError` where transformers cannot make one of it."""
+    """The tokenizer of a folder; `CorpusError` where transformers cannot make one of it, or makes
+    one of the config alone, which knows no token but special ones."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        hint = "the folder needs the tokenizer files that came with the model"
         raise CorpusError(
             f"{folder}: transformers cannot open the tokenizer: {first_line(error)}",
-            hint=REMOTE_CODE_HINT if _has_own_code(folder) and not trust_remote_code else hint,
+            hint=REMOTE_CODE_HINT
+            if _has_own_code(folder) and not trust_remote_code
+            else TOKENIZER_HINT,
         ) from error
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise CorpusError(f"{folder}: holds no tokenizer", hint=TOKENIZER_HINT)
+    return tokenizer
+
+
+def has_tokenizer(folder: Path, *, trust_remote_code: bool) -> bool:
+    """Whether there is one; transformers is asked only where no file has a usual name."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return True
+    try:
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except CorpusError:
+        return False
+    return True
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -135,13 +153,21 @@ def window_length(asked: int | None, skeleton: Skeleton) -> int:
     return asked or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
 
 
+def _asked(scoring: Scoring) -> tuple[EvalText, ...]:
+    """The texts as asked for; a file whose name is all of NAME=SPEC is that file."""
+    return tuple(
+        replace(text, spec=given) if is_file(Path(given)) else text
+        for given, text in zip(scoring.eval, scoring.eval_texts(), strict=True)
+    )
+
+
 def evaluation_texts(
-    scoring: Scoring, tokenizer: Any, length: int, faults: Faults, seed: int = 0
+    scoring: Scoring, tokenizer: Any, length: int, faults: Faults
 ) -> tuple[Corpus, ...]:
     """The evaluation corpora, one fault for each that cannot be had."""
     windows = None if scoring.eval_windows == "all" else scoring.eval_windows
     found = []
-    for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
+    for text in _asked(scoring) or (OFFLINE_EVALUATION,):
         with faults.at(f"--eval {text.spec}"):
             _refuse_images(text.spec)
             found.append(
@@ -152,7 +178,6 @@ def evaluation_texts(
                     windows=windows,
                     name=text.name,
                     role=text.role,
-                    seed=seed,
                 )
             )
     return tuple(found)
@@ -160,7 +185,7 @@ def evaluation_texts(
 
 def check_texts(scoring: Scoring, faults: Faults) -> None:
     """What can be seen of the evaluation texts where there is no tokenizer for them."""
-    for text in scoring.eval_texts():
+    for text in _asked(scoring):
         with faults.at(f"--eval {text.spec}"):
             _refuse_images(text.spec)
             check_spec(text.spec)

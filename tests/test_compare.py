@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from qmerge import cli, demo
 from qmerge.compare import compare
 from qmerge.errors import CorpusError, InputError, PlanError
+from qmerge.evaluate import evaluate
 from qmerge.job import Settings
-from qmerge.recipe import CompareRecipe
+from qmerge.recipe import CompareRecipe, EvaluateRecipe
 from qmerge.results import Corpora, RunResult
 from qmerge.stages.requantize import Requantizer
 from qmerge.walk import Walk
@@ -112,6 +114,16 @@ def test_survival_is_not_scored() -> None:
         compare(CompareRecipe(old="a", new="b", eval=("t.txt",), min_survival=0.9))
 
 
+@pytest.mark.parametrize("given", [["--eval-windows", "4"], ["--sequence-length", "64"]])
+def test_options_of_scoring_are_not_ignored(
+    given: list[str], old: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.status(["compare", old, old, *given]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {given[0]}: is for scoring")
+    assert "--eval" in told.splitlines()[1]
+
+
 def test_scoring_names_the_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = CompareRecipe(old="a+b", new="c=d", eval=("t.txt",), eval_windows=7, max_kl=0.1)
     scoring = asked.scoring()
@@ -122,7 +134,79 @@ def test_scoring_names_the_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (scoring.reference, scoring.eval_windows, scoring.max_kl) == ("old", 7, 0.1)
 
 
+def without(result: RunResult, corpus: str) -> RunResult:
+    """The same, never scored on `corpus`."""
+    texts = {name: x for name, x in result.corpora.evaluation.items() if name != corpus}
+    arms = {
+        arm: {name: score for name, score in found.items() if name != corpus}
+        for arm, found in result.arms.items()
+    }
+    return dataclasses.replace(result, corpora=Corpora(evaluation=texts), arms=arms)
+
+
+def test_a_corpus_that_the_new_release_lacks_fails_by_name(
+    old: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, junit = reported(tmp_path / "new", without(finished(), "plays")), tmp_path / "gate.xml"
+    assert cli.status(["compare", old, new, "--junit", str(junit)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith("The new release was not scored on plays, as the old one was.")
+    assert "plays: missing" in told
+    assert 'failures="1"' in junit.read_text()
+    assert 'name="no regression on plays"' in junit.read_text()
+    verdicts = compare(CompareRecipe(old=old, new=new, max_kl=1.0, max_ppl_increase=1.0)).new.gate
+    assert {(v.limit, v.corpus): v.passed for v in verdicts} == {
+        ("max_ppl_increase", "encyclopedia"): True,
+        ("max_kl", "encyclopedia"): True,
+        ("max_ppl_increase", "plays"): False,
+        ("max_kl", "plays"): False,
+    }
+
+
+def test_a_corpus_that_is_new_is_told_and_its_own_limits_hold(
+    old: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = reported(tmp_path / "before", without(finished(), "plays"))
+    assert cli.status(["compare", before, old]) == 0
+    assert "plays: added, only the new one was scored on it" in capsys.readouterr().out
+    asked = CompareRecipe(old=before, new=old, max_kl=0.0, max_ppl_increase=1.0)
+    assert {(v.limit, v.corpus): v.passed for v in compare(asked).new.gate} == {
+        ("max_ppl_increase", "encyclopedia"): True,
+        ("max_kl", "encyclopedia"): False,
+        ("max_kl", "plays"): False,
+    }
+
+
+def test_scores_that_are_not_finite_do_not_pass(
+    old: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {
+        **finished().arms,
+        "release": {
+            corpus: dataclasses.replace(score, perplexity=math.nan)
+            for corpus, score in finished().arms["release"].items()
+        },
+    }
+    broken = reported(tmp_path / "broken", dataclasses.replace(finished(), arms=arms))
+    assert cli.status(["compare", old, broken]) == 1
+    sentence = "worse than the old one: its scores are not finite on plays, encyclopedia."
+    assert sentence in capsys.readouterr().out.splitlines()[0]
+    assert cli.status(["compare", broken, old]) == 2
+    assert "error: corpus 'plays': the old scores are not finite" in capsys.readouterr().err
+
+
 # On real models
+
+
+@pytest.mark.parametrize("short", [["--eval-windows", "1"], ["--sequence-length", "256"]])
+def test_one_window_is_refused_before_it_is_scored(
+    short: list[str], tiny_original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Who's there? " * 40, encoding="utf-8")
+    scoring = ["--eval", str(text), "--sequence-length", "64", *short]
+    assert cli.status(["compare", str(tiny_original), str(tiny_original), *scoring]) == 2
+    assert "one window cannot tell a difference from noise" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +267,21 @@ def test_one_layer_at_two_bits_is_caught_and_pointed_at(
     grown = [line.split()[-1] for line in told.splitlines() if "larger error" in line]
     assert len(grown) >= 7
     assert all(name.startswith("model.layers.1.") for name in grown[:7])
+
+
+def test_names_that_are_there_as_a_whole_are_not_taken_apart(
+    tiny_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("m+1", "n=2"):
+        Path(name).symlink_to(tiny_original)
+    Path("a=b.txt").write_text("Who's there? " * 40, encoding="utf-8")
+    scoring: dict[str, Any] = {"eval": ("a=b.txt",), "sequence_length": 64}
+    result = evaluate(EvaluateRecipe(models=("m+1", "n=2", "x=m+1"), **scoring))
+    folders = {name: record.path for name, record in result.inputs.items()}
+    assert folders == {"m+1": "m+1", "n": "n=2", "x": "m+1"}
+    assert [record.source for record in result.corpora.evaluation.values()] == ["a=b.txt"]
+    assert compare(CompareRecipe(old="m+1", new="n=2", **scoring)).comparison.verdict == "same"
 
 
 def test_checkpoints_are_scored_side_by_side(

@@ -270,6 +270,19 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, tokenizer: Any, name: str
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("gone.txt", "recipes are"), ("latin.txt", "UTF-8"), ("a.csv", "recipes are")],
+)
+def test_what_to_do_about_a_bad_file(tmp_path: Path, tokenizer: Any, name: str, hint: str) -> None:
+    content, _ = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError) as caught:
+        load(tmp_path / name, tokenizer)
+    assert hint in str(caught.value.hint)
+
+
 def test_text_has_no_column(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.txt").write_text("x" * 100)
     with pytest.raises(CorpusError, match="no column 'text'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from qmerge.cli import group
+from qmerge.cli import group, status
 from qmerge.errors import CheckpointError, InputError, RecipeError
 from qmerge.export import export
 from qmerge.formats import open_format
@@ -316,16 +317,55 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_that_float16_cannot_hold(tiny_original: Path, tmp_path: Path) -> None:
+def with_value(source: Path, folder: Path, name: str, value: float, where: int | slice = 3) -> Path:
+    """A copy of a dense model with one value of one tensor changed, or those that are meant."""
     from safetensors.torch import load_file, save_file
 
-    base = tmp_path / "base"
-    shutil.copytree(tiny_original, base)
-    for file in base.glob("*.safetensors"):
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        if "model.norm.weight" in tensors:
-            tensors["model.norm.weight"][3] = -1e5
+        if name in tensors:
+            tensors[name].view(-1)[where] = value
         save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype"),
+    [
+        ("model.norm.weight", math.nan, "float16"),
+        ("model.layers.1.mlp.down_proj.weight", math.nan, "bfloat16"),
+        ("model.embed_tokens.weight", -math.inf, "float32"),
+    ],
+)
+def test_a_dense_base_with_values_that_are_not_finite(
+    name: str, value: float, dtype: str, tiny_original: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base = with_value(tiny_original, tmp_path / "base", name, value)
+    for adapter in ((), (str(tiny_adapter),)):
+        with pytest.raises(InputError, match=name):
+            export(Recipe(base=base, adapter=adapter, out=tmp_path / "out"), dtype=dtype)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["base"]
+
+
+def test_large_values_whose_sum_overflows_are_written(tiny_original: Path, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    base = with_value(tiny_original, tmp_path / "base", name, 60000.0, slice(None))
+    export(Recipe(base=base, out=tmp_path / "out"), dtype="float16")
+    assert float(Checkpoint.open(tmp_path / "out").read(name).min()) > 59000
+
+
+def test_what_a_merge_brings_beyond_float16(
+    tiny_nf4: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    asked = Recipe(base=tiny_nf4, adapter=(f"{tiny_adapter}@1e9",), out=tmp_path / "out")
+    with pytest.raises(InputError, match="holds values beyond 65504"):
+        export(asked, dtype="float16")
+    export(asked, dtype="bfloat16")
+
+
+def test_a_value_that_float16_cannot_hold(tiny_original: Path, tmp_path: Path) -> None:
+    base = with_value(tiny_original, tmp_path / "base", "model.norm.weight", -1e5)
     with pytest.raises(InputError, match=r"model\.norm\.weight: holds values beyond 65504"):
         export(Recipe(base=base, out=tmp_path / "out"), dtype="float16")
     assert [folder.name for folder in tmp_path.iterdir()] == ["base"]
@@ -356,3 +396,19 @@ def test_what_a_killed_one_left_is_told_and_kept(tiny_nf4: Path, tmp_path: Path)
 def test_an_existing_folder_is_not_written_to(tiny_nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists"):
         export(Recipe(base=tiny_nf4, out=tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="exists"):
+        export(Recipe(base=tiny_nf4, out=tmp_path / "link"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_base_without_a_tokenizer_is_told(
+    tiny_original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    without = shutil.ignore_patterns("tokenizer*")
+    for source, noted in ((tiny_original, False), (base, True)):
+        out = tmp_path / f"out-{noted}"
+        assert status(["dequantize", str(source), str(out)]) == 0
+        assert (f"{base} holds no tokenizer" in capsys.readouterr().err) == noted
+        shutil.copytree(tiny_original, base, ignore=without, dirs_exist_ok=True)

@@ -512,6 +512,21 @@ def test_the_base_that_an_adapter_names_is_its_own_word(
     assert inputs["adapter"].details["base"] == "org/named"
 
 
+def test_a_release_without_finite_scores_does_not_pass(asked: Recipe, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in asked.base.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"][3] = math.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    junit, out = tmp_path / "gate.xml", tmp_path / "release"
+    result = run(replace(asked, adapter=(), out=out))
+    assert finish(result, False, junit) == 1
+    assert 'failures="2"' in junit.read_text()
+    assert (out / "qmerge_report.json").is_file()
+
+
 def test_previous_release_is_an_arm_and_the_gate_speaks(
     asked: Recipe, nf4_run: tuple[Recipe, RunResult], tiny_nf4: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,13 @@ def out_exists(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def no_tokenizer(recipe: Recipe) -> Recipe:
+    """transformers makes one of the config alone, without a vocabulary."""
+    for file in recipe.base.glob("tokenizer*"):
+        file.unlink()
+    return recipe
+
+
 def short_calibration(recipe: Recipe) -> Recipe:
     file = recipe.out.with_name("short.txt")
     file.write_text("too short")
@@ -106,6 +113,7 @@ BAD = {
     truncated_shard: "model-00001",
     index_leaves_folder: "../model.safetensors",
     out_exists: "exists",
+    no_tokenizer: "holds no tokenizer",
     short_calibration: "short.txt",
     group_does_not_divide: "group size 128",
     substitute_without_original: "original",
@@ -141,6 +149,16 @@ def test_bad_input_is_one_clear_error(
 def started(recipe: Recipe, **options: Any) -> Recipe:
     edit(Path(recipe.adapter[0]) / "adapter_config.json", **options)
     return recipe
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_place_without_a_name_is_a_fault(
+    asked: Recipe, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = asked.out.with_name("recipe.yaml")
+    file.write_text(asked.to_yaml())
+    assert status(["run", str(file), "--out", out]) == 2
+    assert f"error: --out: {out} exists\nhint:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -111,6 +111,7 @@ def test_contestants(spec: str, expected: Contestant) -> None:
 def test_evaluate_wants_distinct_names_and_a_reference_among_them() -> None:
     asked = EvaluateRecipe(models=("x/base", "y/base"), reference="trained")
     assert [fault.where for fault in asked.faults()] == ["checkpoints", "--reference"]
+    assert all(fault.hint for fault in asked.faults())
 
 
 def test_the_file_makes_the_same_recipe_again(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ def command(
 
     Both are releases, or their qmerge_report.json, that were scored on the same text; with --eval
     they are model folders (an adapter after a plus sign), scored side by side. Windows are paired;
-    text that differs is refused. The exit code is 1 where NEW is worse on a text or a limit falls.
-    Perplexity is limited against OLD; KL, same top token and survival against what NEW was
-    measured against: its trained model, with --eval OLD.
+    text that differs is refused. The exit code is 1 where NEW is worse on a text, was not scored on
+    one that OLD was, or a limit falls. Perplexity is limited against OLD; KL, same top token and
+    survival against what NEW was measured against: its trained model, with --eval OLD.
     """
     asked = build(CompareRecipe, {**flags, "old": old, "new": new})
 

@@ -31,7 +31,7 @@ def command(
 
     Each is a folder, with an adapter live on top where one is named after a plus sign; NAME is
     what the table calls it, by default the folder's name. Limits are for every checkpoint but the
-    reference; where one falls, the exit code is 1.
+    reference; where one falls or scores are not finite, the exit code is 1.
     """
     asked = build(EvaluateRecipe, {**flags, "models": models})
 

@@ -35,9 +35,13 @@ def file_option(flag: str, name: str, help: str) -> Callable[[F], F]:
 
 
 def _writable(_: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        why = "is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise RecipeError(f"{option.opts[0]}: {file}: {why}")
+    if file is None or (file.exists() and not file.is_dir()):
+        return file
+    folder = Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent
+    if file.is_dir() or not folder.is_dir():
+        why = "is a folder" if file.is_dir() else f"there is no folder {folder}"
+        hint = "name a file in it" if file.is_dir() else "make it first, or name another file"
+        raise RecipeError(f"{option.opts[0]}: {file}: {why}", hint=hint)
     return file
 
 
@@ -88,9 +92,9 @@ def tell(checked: Checked, junit: Path | None, github: bool) -> None:
 
 def write(file: Path, text: str) -> None:
     """The whole text, or no file."""
-    from qmerge.storage.shards import write_text
+    from qmerge.storage.shards import write_out
 
-    write_text(file, text)
+    write_out(file, text)
 
 
 def _append(file: Path, text: str) -> None:

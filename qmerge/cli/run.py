@@ -33,9 +33,9 @@ def command(
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
     --sym, exclude for --except); flags win over it. The release, its report and the recipe that
     makes it again are written to --out; the table of arms goes to stdout. Where a limit of the
-    gate falls, or the merged model is not the one that was trained, they stay, and the exit code
-    is 1. A RECIPE that says adapter: [], as that of a `qmerge quantize` release does, is for a
-    model without one.
+    gate falls, scores are not finite, or the merged model is not the one that was trained, they
+    stay, and the exit code is 1. A RECIPE that says adapter: [], as that of a `qmerge quantize`
+    release does, is for a model without one.
     """
     asked = build(Recipe, flags, file=recipe)
     if not asked.adapter and asked.partial_state is None and not without_adapter(recipe):

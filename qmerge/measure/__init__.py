@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmerge.measure.gate import Limits, check_limits, limits_of
-from qmerge.measure.pairing import compare_results, pair
+from qmerge.measure.pairing import FEWEST_WINDOWS, compare_results, pair, too_few_windows
 from qmerge.measure.statistics import paired_estimate, score_arms
 from qmerge.measure.survival import (
     error_ratio,
@@ -17,6 +17,7 @@ from qmerge.measure.tokens import TokenAccumulator, TokenStats, join
 from qmerge.measure.worst import worst_windows
 
 __all__ = [
+    "FEWEST_WINDOWS",
     "Limits",
     "TokenAccumulator",
     "TokenStats",
@@ -33,5 +34,6 @@ __all__ = [
     "relative_error",
     "score_arms",
     "survival_of",
+    "too_few_windows",
     "worst_windows",
 ]

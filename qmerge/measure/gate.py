@@ -1,9 +1,10 @@
 """Limits that a release must keep, against the reference, on every corpus; a merge that went wrong
-fails whatever the limits."""
+and scores that are not finite fail whatever the limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qmerge.recipe import Scoring
@@ -71,6 +72,8 @@ ON_CORPORA: tuple[tuple[_Kept, Callable[[ArmScore], float | None]], ...] = (
     (_Kept(limit="max_kl", what="mean KL"), _kl),
     (_Kept(limit="min_same_top", what="same top token", floor=True, share=True), _same_top),
 )
+FINITE = "finite"
+"""No limit that is asked for: what is said of scores that are no numbers."""
 ON_MODEL = _Kept(limit="min_survival", what="adapter survival", floor=True)
 
 
@@ -92,21 +95,48 @@ def told_limits(limits: Limits) -> Iterator[str]:
 
 
 def check_limits(
-    result: RunResult, limits: Limits, kept: Mapping[str, Survival | None] | None = None
+    result: RunResult,
+    limits: Limits,
+    kept: Mapping[str, Survival | None] | None = None,
+    missing: Iterable[str] = (),
 ) -> tuple[GateVerdict, ...]:
     """One verdict per limit and corpus for the subject, or for every arm but the reference where
-    there is none; survival once, or for each model that has it in `kept`. One that failed, too,
-    where the merged model is not the trained one: nobody has to ask for that.
+    there is none; survival once, or for each model that has it in `kept`. On corpora that are
+    `missing` nothing was measured. One that failed, too, where scores are not finite and where the
+    merged model is not the trained one: nobody has to ask for that.
 
     Texts are "WHAT is VALUE, …", and what stands before " is " tells them apart.
     """
-    verdicts = [v for of, scores in _checked(result) for v in _on_corpora(of, scores, limits)]
+    gone: dict[str, ArmScore | None] = dict.fromkeys(missing)
+    verdicts = [
+        verdict
+        for of, scores in _checked(result)
+        for verdict in _on_corpora(of, {**scores, **gone}, limits)
+    ]
     if limits.min_survival is not None:
         models = {f" of {name}": found for name, found in (kept or {}).items()}
         for of, found in (models or {"": result.survival}).items():
             value = found.survival if found else None
             verdicts.append(ON_MODEL.verdict(value, limits.min_survival, of, None))
-    return (*verdicts, *_on_merge(result.merge))
+    return (*verdicts, *_on_scores(result), *_on_merge(result.merge))
+
+
+def _on_scores(result: RunResult) -> Iterator[GateVerdict]:
+    for of, scores in _checked(result):
+        for corpus, score in scores.items():
+            change, kl = score.change, score.kl
+            figures = [score.perplexity]
+            figures += [change.ratio] if change is not None else []
+            figures += [kl.mean] if kl is not None else []
+            if not all(map(math.isfinite, figures)):
+                yield GateVerdict(
+                    limit=FINITE,
+                    corpus=corpus,
+                    value=math.nan,
+                    bound=math.inf,
+                    passed=False,
+                    text=f"score{of} on {corpus} is not finite",
+                )
 
 
 def _on_merge(merge: MergeCheck | None) -> Iterator[GateVerdict]:
@@ -129,7 +159,9 @@ def _checked(result: RunResult) -> list[tuple[str, Mapping[str, ArmScore]]]:
     return arms or [("", {})]
 
 
-def _on_corpora(of: str, scores: Mapping[str, ArmScore], limits: Limits) -> Iterator[GateVerdict]:
+def _on_corpora(
+    of: str, scores: Mapping[str, ArmScore | None], limits: Limits
+) -> Iterator[GateVerdict]:
     found: list[tuple[str | None, ArmScore | None]] = [*scores.items()]
     for corpus, score in found or [(None, None)]:
         for kept, read in ON_CORPORA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,8 @@ from qmerge.results import (
 GREW = 2.0
 # Rounding of the stored per-window means; smaller differences are none.
 ROUNDING = 2e-8
+# Windows without which there is no standard error, and nothing is beyond noise.
+FEWEST_WINDOWS = 2
 
 
 def pair(old: ArmScore, new: ArmScore) -> Change:
@@ -34,16 +37,22 @@ def pair(old: ArmScore, new: ArmScore) -> Change:
 def compare_results(old: RunResult, new: RunResult) -> Comparison:
     """Whether `new` is better, worse or the same beyond noise, on every corpus of both.
 
-    Worse on one corpus is worse. CorpusError where no corpus is shared or a shared name stands
-    for other text.
+    Worse on one corpus is worse, and so are scores that are not finite. CorpusError where no corpus
+    is shared, a shared name stands for other text, or nothing can be said against `old`: its scores
+    are not finite, or there is one window.
     """
-    names = _shared_corpora(old.corpora.evaluation, new.corpora.evaluation)
-    corpora = {name: _compare_corpus(name, old, new) for name in names}
-    verdicts = {found.verdict for found in corpora.values()}
-    verdict = next((v for v in ("worse", "better") if v in verdicts), "same")
+    before, after = old.corpora.evaluation, new.corpora.evaluation
+    corpora = {name: _compare_corpus(name, old, new) for name in _shared_corpora(before, after)}
+    missing = tuple(name for name in before if name not in after)
+    verdicts = {found.verdict for found in corpora.values()} | (
+        {"incomplete"} if missing else set()
+    )
+    verdict = next((v for v in ("worse", "incomplete", "better") if v in verdicts), "same")
     return Comparison(
         verdict=verdict,
         corpora=corpora,
+        missing=missing,
+        added=tuple(name for name in after if name not in before),
         survival=(_survival(old), _survival(new)),
         layers=_grown_layers(old, new),
     )
@@ -65,11 +74,35 @@ def _shared_corpora(old: Mapping[str, CorpusRecord], new: Mapping[str, CorpusRec
 
 def _compare_corpus(name: str, old: RunResult, new: RunResult) -> CorpusComparison:
     before, after = _subject(old, name), _subject(new, name)
+    if not _is_finite(before):
+        raise CorpusError(
+            f"corpus {name!r}: the old scores are not finite, and nothing compares with them",
+            hint="give another OLD: this one is broken",
+        )
     change = pair(before, after)
     kl = _kl_change(name, old, new)
+    if not (_is_finite(after) and math.isfinite(change.ratio)):
+        return CorpusComparison(verdict="worse", change=change, kl=kl, finite=False)
+    if change.ci95 is None:
+        raise too_few_windows(name)
     sides = [_side_of_ratio(change), _side_of_kl(kl, len(after.window_kl))]
     verdict = next((v for v in ("worse", "better") if v in sides), "same")
     return CorpusComparison(verdict=verdict, change=change, kl=kl)
+
+
+def too_few_windows(corpus: str) -> CorpusError:
+    """What is said where windows have no spread."""
+    return CorpusError(
+        f"corpus {corpus!r}: one window cannot tell a difference from noise",
+        hint="give more text or windows, or a smaller --sequence-length",
+    )
+
+
+def _is_finite(score: ArmScore) -> bool:
+    """Windows of which a model can score no token have no mean."""
+    windows = () if score.unscored_tokens else score.window_nll
+    kl = (score.kl.mean,) if score.kl is not None else ()
+    return all(map(math.isfinite, (score.perplexity, *kl, *windows, *score.window_kl)))
 
 
 def _subject(result: RunResult, corpus: str) -> ArmScore:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.text import render, render_comparison, table
 from qmerge.report.words import (
+    DASH,
     change_phrase,
     corpora,
     findings,
@@ -44,13 +45,14 @@ class Checked:
 
 
 def of_result(result: RunResult) -> Checked:
-    """The limits; that there are scores at all is a check of its own."""
+    """The limits; that there are scores at all, and finite ones, is a check of its own."""
     sentence = verdict(result).sentence
+    scored = all(found.passed for found in result.gate if found.limit == "finite")
     found = [f"- {coded(line, result)}" for line in findings(result)]
     return Checked(
         command=f"qmerge {result.command}",
         sentence=sentence,
-        checks=(Check(name="scored", passed=True, text=sentence), *_limits(result.gate)),
+        checks=(Check(name="scored", passed=scored, text=sentence), *_limits(result.gate)),
         warnings=tuple(pressing(result)),
         seconds=result.timings.get("total", 0.0),
         text=render(result),
@@ -61,10 +63,11 @@ def of_result(result: RunResult) -> Checked:
 
 
 def of_comparison(comparison: Comparison, new: RunResult) -> Checked:
-    """That no corpus is worse, and the limits that `new` carries."""
+    """That no corpus is worse or missing, and the limits that `new` carries."""
     text = render_comparison(comparison)
     sentence = text.partition("\n")[0]
     checks = [_no_regression(name, found) for name, found in comparison.corpora.items()]
+    checks += [_not_scored(name) for name in comparison.missing]
     scored = new.command == "evaluate"
     return Checked(
         command="qmerge compare",
@@ -96,6 +99,14 @@ def _no_regression(corpus: str, found: CorpusComparison) -> Check:
     )
 
 
+def _not_scored(corpus: str) -> Check:
+    return Check(
+        name=f"no regression on {corpus}",
+        passed=False,
+        text=f"{corpus}: missing, only the old one was scored on it",
+    )
+
+
 def _gate(result: RunResult) -> str:
     return printable("\n".join(f"gate: {line}" for line in gate_lines(result)))
 
@@ -113,6 +124,8 @@ def _compared(comparison: Comparison) -> str:
         [name, found.verdict, change_phrase(found.change)]
         for name, found in comparison.corpora.items()
     ]
+    body += [[name, "missing", DASH] for name in comparison.missing]
+    body += [[name, "added", DASH] for name in comparison.added]
     grown = [f"- larger error: {escape(name)}" for name in comparison.layers]
     return _blocks([grid(["corpus", "new is", "perplexity"], body), "\n".join(grown)])
 

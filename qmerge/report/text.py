@@ -52,18 +52,24 @@ def render(result: RunResult) -> str:
 
 def render_comparison(found: Comparison) -> str:
     """Two releases side by side: verdict, change and KL per corpus, linears that got worse."""
+    broken = [name for name, corpus in found.corpora.items() if not corpus.finite]
+    why = f": its scores are not finite on {', '.join(broken)}" if broken else ""
     sentences = {
         "better": "The new release is better than the old one.",
-        "worse": "The new release is worse than the old one.",
+        "worse": f"The new release is worse than the old one{why}.",
         "same": "No difference beyond noise.",
+        "incomplete": f"The new release was not scored on {', '.join(found.missing)}, as the old"
+        " one was.",
     }
     lines = [sentences[found.verdict], ""]
     for name, corpus in found.corpora.items():
         parts = [f"  {name}: {corpus.verdict}, perplexity {change_phrase(corpus.change)}"]
-        if corpus.kl is not None:
+        if corpus.kl is not None and corpus.finite:
             error = "" if corpus.kl.stderr is None else f" ± {corpus.kl.stderr:.5f}"
             parts.append(f"KL from the reference {corpus.kl.mean:+.5f}{error}")
         lines.append(", ".join(parts))
+    lines += [f"  {name}: missing, only the old one was scored on it" for name in found.missing]
+    lines += [f"  {name}: added, only the new one was scored on it" for name in found.added]
     old, new = found.survival
     if old is not None and new is not None:
         lines.append(f"  adapter survival: {old:.3f} before, {new:.3f} now")

@@ -426,10 +426,10 @@ def _ranking(result: RunResult, corpus: str) -> Verdict:
     scores = {arm: found[corpus] for arm, found in result.arms.items() if corpus in found}
     near = {arm: s.kl.mean for arm, s in scores.items() if s.kl is not None}
     if near and len(near) > 1:
-        best = min(near, key=lambda arm: near[arm])
+        best = min(near, key=lambda arm: (math.isnan(near[arm]), near[arm]))
         sentence = f"Nearest to {result.reference} on {corpus}: {best}, KL {near[best]:.5f}."
         return Verdict(tone="plain", sentence=sentence)
-    best = min(scores, key=lambda arm: scores[arm].perplexity)
+    best = min(scores, key=lambda a: (math.isnan(scores[a].perplexity), scores[a].perplexity))
     lead = "Lowest perplexity" if len(scores) > 1 else "Perplexity"
     return Verdict(
         tone="plain", sentence=f"{lead} on {corpus}: {best}, {perplexity(scores[best])}."

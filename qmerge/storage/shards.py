@@ -98,6 +98,15 @@ def write_text(path: Path, text: str) -> str:
     return _write(path, (text.encode("utf-8", errors="backslashreplace"),))
 
 
+def write_out(path: Path, text: str) -> None:
+    """Write `text` where a user said: through links, and into a device or a pipe as it is."""
+    if not path.exists() or path.is_file():
+        write_text(Path(os.path.realpath(path)), text)
+        return
+    with translated(path):
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def copy_file(source: Path, target: Path) -> str:
     """Copy the bytes (not the mode, not a link as a link); their SHA-256."""
     return _write(target, _chunks(source))

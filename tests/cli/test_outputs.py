@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from qmerge import cli
 from qmerge.measure import Limits, check_limits
 from qmerge.progress import Progress
 from qmerge.results import RunResult
+from qmerge.storage.shards import sha256_file
 from tests.samples import finished
 
 RUN = ["run", "--base", "b", "--adapter", "a", "--out", "o"]
@@ -96,7 +98,13 @@ def test_a_file_that_cannot_be_is_refused_first(
     assert capsys.readouterr().err.startswith(f"error: {flag}: {tmp_path}: is a folder")
     assert cli.status([*command, flag, str(tmp_path / "gone" / "x")]) == 2
     told = capsys.readouterr().err
-    assert told == f"error: {flag}: {tmp_path}/gone/x: there is no folder {tmp_path}/gone\n"
+    assert told == (
+        f"error: {flag}: {tmp_path}/gone/x: there is no folder {tmp_path}/gone\n"
+        "hint: make it first, or name another file\n"
+    )
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "x")
+    assert cli.status([*command, flag, str(tmp_path / "link")]) == 2
+    assert f"there is no folder {tmp_path}/gone" in capsys.readouterr().err
 
 
 def test_events_go_to_a_file_beside_the_display(
@@ -143,6 +151,47 @@ def test_report(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.status(["report", str(tmp_path), "--format", form, "--out", str(out)]) == 0
     assert out.read_text(encoding="utf-8") == expected
     assert capsys.readouterr().out == ""
+
+
+def test_links_are_followed_and_a_pipe_stays_one(
+    result: list[RunResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link, target, pipe = tmp_path / "link", tmp_path / "gate.xml", tmp_path / "pipe"
+    link.symlink_to(target)
+    for _ in range(2):  # the file is made, and then replaced
+        assert cli.status([*RUN, "--junit", str(link)]) == 0
+        assert link.is_symlink()
+        assert ElementTree.parse(target).getroot().tag == "testsuites"
+    os.mkfifo(pipe)
+    read = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert cli.status([*RUN, "--junit", str(pipe)]) == 0
+        assert pipe.is_fifo()
+        assert os.read(read, 1 << 16).decode().startswith("<?xml")
+    finally:
+        os.close(read)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gate.xml", "link", "pipe"]
+
+
+def test_report_does_not_replace_what_a_release_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, report = tmp_path / "report.html", tmp_path / "qmerge_report.json"
+    page.write_text("page")
+    release = finished().release
+    assert release is not None
+    whole = dataclasses.replace(release, files={page.name: sha256_file(page)})
+    report.write_text(json.dumps(dataclasses.replace(finished(), release=whole).to_dict()))
+    kept = report.read_bytes()
+    for file in (page, report):
+        for run in (tmp_path, report):
+            assert cli.status(["report", str(run), "--out", str(file)]) == 2
+            told = capsys.readouterr().err
+            assert f"{file} belongs to the release" in told
+            assert "hint: give another name" in told
+    assert (page.read_text(), report.read_bytes()) == ("page", kept)
+    page.write_text("a page of something else")
+    assert cli.status(["report", str(tmp_path), "--out", str(page)]) == 0
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,8 +77,26 @@ def test_what_is_no_number_does_not_pass() -> None:
     assert score.kl is not None
     broken = dataclasses.replace(score, kl=dataclasses.replace(score.kl, mean=math.nan))
     result = dataclasses.replace(finished(), arms={"release": {"plays": broken}})
-    (verdict,) = check_limits(result, Limits(max_kl=1.0))
+    limit, own = check_limits(result, Limits(max_kl=1.0))
+    assert not limit.passed
+    assert check_limits(result, Limits()) == (own,)
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_scores_that_are_not_finite_fail_without_any_limit(figure: float) -> None:
+    result = finished()
+    score = result.arms["release"]["plays"]
+    broken = dataclasses.replace(score, perplexity=figure)
+    arms = {**result.arms, "release": {**result.arms["release"], "plays": broken}}
+    (verdict,) = check_limits(dataclasses.replace(result, arms=arms), Limits())
     assert not verdict.passed
+    assert verdict.text == "score on plays is not finite"
+    several = without_adapter_figures(dataclasses.replace(result, arms=arms))
+    assert [v.text for v in check_limits(several, Limits())] == [
+        "score of release on plays is not finite"
+    ]
+    others = dataclasses.replace(result, arms={**arms, "release": result.arms["release"]})
+    assert check_limits(others, Limits()) == ()
 
 
 def _bare(score: ArmScore) -> ArmScore:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -76,3 +77,86 @@ def test_kl_is_not_compared_across_different_references() -> None:
     found = compare_results(old, dataclasses.replace(old, arms=arms))
     assert found.corpora["plays"].kl is None
     assert found.corpora["encyclopedia"].kl is not None
+
+
+def with_scores(result: RunResult, **changes: object) -> RunResult:
+    """The release's scores on plays, changed."""
+    release = result.arms["release"]
+    changed = {**release, "plays": dataclasses.replace(release["plays"], **changes)}  # type: ignore[arg-type]
+    return dataclasses.replace(result, arms={**result.arms, "release": changed})
+
+
+def broken() -> RunResult:
+    """As a report reads back whose release gave no numbers on plays."""
+    score = finished().arms["release"]["plays"]
+    assert score.kl is not None
+    assert score.change is not None
+    lost = with_scores(
+        finished(),
+        perplexity=math.nan,
+        window_nll=(math.nan,) * len(score.window_nll),
+        window_kl=(math.nan,) * len(score.window_kl),
+        kl=dataclasses.replace(score.kl, mean=math.nan),
+        change=dataclasses.replace(score.change, ratio=math.nan),
+    )
+    return RunResult.from_dict(json.loads(json.dumps(lost.to_dict())))
+
+
+def test_scores_that_are_not_finite_are_worse() -> None:
+    found = compare_results(finished(), broken())
+    assert found.verdict == "worse"
+    assert [(c.verdict, c.finite) for c in found.corpora.values()] == [
+        ("worse", False),
+        ("same", True),
+    ]
+
+
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+@pytest.mark.parametrize("which", ["window_nll", "window_kl"])
+def test_one_window_that_is_not_finite_is_worse(which: str, figure: float) -> None:
+    windows = getattr(finished().arms["release"]["plays"], which)
+    found = compare_results(finished(), with_scores(finished(), **{which: (figure, *windows[1:])}))
+    assert found.verdict == "worse"
+    assert not found.corpora["plays"].finite
+
+
+def test_nothing_compares_with_scores_that_are_not_finite() -> None:
+    for new in (finished(), broken()):
+        with pytest.raises(CorpusError, match="'plays': the old scores are not finite"):
+            compare_results(broken(), new)
+
+
+def test_windows_without_a_token_that_both_can_score_are_left_out() -> None:
+    score = finished().arms["release"]["plays"]
+    short = with_scores(
+        finished(), unscored_tokens=40, window_nll=(math.nan, *score.window_nll[1:])
+    )
+    assert compare_results(short, short).verdict == "same"
+
+
+def test_one_window_tells_nothing_from_noise() -> None:
+    arms = {
+        arm: {
+            corpus: dataclasses.replace(
+                score, window_nll=score.window_nll[:1], window_kl=score.window_kl[:1]
+            )
+            for corpus, score in found.items()
+        }
+        for arm, found in finished(damage=1.0).arms.items()
+    }
+    result = dataclasses.replace(finished(), arms=arms)
+    with pytest.raises(CorpusError, match="one window cannot tell") as caught:
+        compare_results(result, result)
+    assert "--sequence-length" in str(caught.value.hint)
+
+
+def test_a_corpus_of_one_side_is_named() -> None:
+    texts = dict(finished().corpora.evaluation)
+    del texts["plays"]
+    fewer = dataclasses.replace(finished(), corpora=Corpora(evaluation=texts))
+    lost = compare_results(finished(), fewer)
+    assert (lost.verdict, lost.missing, lost.added) == ("incomplete", ("plays",), ())
+    more = compare_results(fewer, finished())
+    assert (more.verdict, more.missing, more.added) == ("same", (), ("plays",))
+    hurt = dataclasses.replace(finished(damage=1.0), corpora=Corpora(evaluation=texts))
+    assert compare_results(finished(), hurt).verdict == "worse"

@@ -15,6 +15,7 @@ from qmerge.errors import ModelError, PlanError
 from qmerge.export import export
 from qmerge.formats.gptq import pack_gptq
 from qmerge.model.opening import open_model, open_original, told
+from qmerge.model.skeleton import first_line
 from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
 from tests import test_matrix as forms
@@ -207,3 +208,17 @@ def test_an_fp8_head_is_taken_as_stored_as_transformers_takes_it(
     # The original ties its head and stores none.
     original = open_original(Checkpoint.open(tiny_original), skeleton, weights)
     assert torch.equal(original.tensor("lm_head.weight"), embedding)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("no such thing\nsecond", "no such thing"),
+        ("Validation failed:\n\n    ValueError: the length differs\nthird",
+         "Validation failed: ValueError: the length differs"),
+        ("ends here:", "ends here:"),
+        ("", "ValueError"),
+    ],
+)  # fmt: skip
+def test_a_reason_is_not_cut_where_it_begins(message: str, said: str) -> None:
+    assert first_line(ValueError(message)) == said

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report.checks import Check, of_comparison, of_result
-from qmerge.results import RunResult
+from qmerge.results import Corpora, RunResult
 from tests.samples import finished, without_adapter_figures
 
 LIMITS = Limits(max_ppl_increase=0.05, max_kl=0.05, min_survival=0.5)
@@ -46,6 +47,20 @@ def test_a_result_brings_its_words() -> None:
     assert "| release |" in found.markdown
 
 
+def test_scores_that_are_not_finite_are_a_check_that_fails() -> None:
+    release = {
+        corpus: dataclasses.replace(score, perplexity=math.nan)
+        for corpus, score in finished().arms["release"].items()
+    }
+    broken = dataclasses.replace(finished(), arms={**finished().arms, "release": release})
+    found = of_result(gated(broken, Limits())).checks
+    assert [(check.name, check.passed) for check in found] == [
+        ("scored", False),
+        ("score on plays", False),
+        ("score on encyclopedia", False),
+    ]
+
+
 def test_a_comparison_checks_each_text() -> None:
     old, new = finished(), finished(damage=1.0)
     found = of_comparison(compare_results(old, new), gated(new, Limits(min_survival=0.5)))
@@ -69,6 +84,21 @@ def test_models_that_were_scored_side_by_side_are_in_the_text() -> None:
     assert found.sentence == "No difference beyond noise."
     assert "16 × 41 tokens" in found.text
     assert "trained (reference)" in found.text
+
+
+def test_a_text_that_is_missing_fails_and_one_that_is_new_is_told() -> None:
+    texts = dict(finished().corpora.evaluation)
+    del texts["plays"]
+    fewer = dataclasses.replace(finished(), corpora=Corpora(evaluation=texts))
+    lost = of_comparison(compare_results(finished(), fewer), fewer)
+    assert {check.name: check.passed for check in lost.checks} == {
+        "no regression on encyclopedia": True,
+        "no regression on plays": False,
+    }
+    assert "| plays | missing |" in lost.markdown
+    more = of_comparison(compare_results(fewer, finished()), finished())
+    assert all(check.passed for check in more.checks)
+    assert "| plays | added |" in more.markdown
 
 
 def test_a_verdict_of_other_words_keeps_a_name() -> None:

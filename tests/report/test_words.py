@@ -112,6 +112,9 @@ def test_without_a_subject_the_nearest_or_the_lowest_is_named() -> None:
     }
     alone = dataclasses.replace(evaluated, reference=None, arms=plain)
     assert "Lowest perplexity on plays" in verdict(alone).sentence
+    broken = ArmScore(perplexity=math.nan, tokens=1)
+    beside = dataclasses.replace(alone, arms={"broken": dict.fromkeys(["plays"], broken), **plain})
+    assert verdict(beside).sentence == verdict(alone).sentence
     assert verdict(dataclasses.replace(alone, arms={})).sentence == "Nothing was scored."
 
 
