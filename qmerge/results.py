@@ -283,6 +283,10 @@ class InputRecord:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+FINITE = "finite"
+"""No limit that is asked for: what a gate says of scores that are no numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateVerdict:
     """One limit on one corpus (None: the whole model). `value` None: it was not measured."""

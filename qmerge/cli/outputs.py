@@ -35,7 +35,16 @@ def file_option(flag: str, name: str, help: str) -> Callable[[F], F]:
 
 
 def _writable(_: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
-    if file is None or (file.exists() and not file.is_dir()):
+    if file is None:
+        return file
+    from qmerge.reread import is_of_release
+
+    if is_of_release(file):
+        raise RecipeError(
+            f"{option.opts[0]}: {file} would be in a release, which would not be verified with it",
+            hint="name a file elsewhere",
+        )
+    if file.exists() and not file.is_dir():
         return file
     folder = Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent
     if file.is_dir() or not folder.is_dir():

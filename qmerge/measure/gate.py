@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from qmerge.recipe import Scoring
-from qmerge.results import ArmScore, GateVerdict, MergeCheck, RunResult, Survival
+from qmerge.results import FINITE, ArmScore, GateVerdict, MergeCheck, RunResult, Survival
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,6 @@ ON_CORPORA: tuple[tuple[_Kept, Callable[[ArmScore], float | None]], ...] = (
     (_Kept(limit="max_kl", what="mean KL"), _kl),
     (_Kept(limit="min_same_top", what="same top token", floor=True, share=True), _same_top),
 )
-FINITE = "finite"
-"""No limit that is asked for: what is said of scores that are no numbers."""
 ON_MODEL = _Kept(limit="min_survival", what="adapter survival", floor=True)
 
 

@@ -359,7 +359,7 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
             expected = model(input_ids=ids, use_cache=False).logits
         hidden, called = frame.enter(ids)
         calls = frame.calls(tokens)
-        hint = TOKENS_HINT if _differ(called, calls) else STATE_HINT
+        hint = TOKENS_HINT if _differ(called, calls, len(ids)) else STATE_HINT
         for index, call in enumerate(calls):
             layer = small.layer(index)
             path = small.layer_path(index)
@@ -389,12 +389,11 @@ def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset
     return frozenset(siblings)
 
 
-def _differ(of_text: Sequence[Call], of_zeros: Sequence[Call]) -> bool:
-    """Whether layers are called with something else for another text of the same length."""
-    text, zeros = (
-        tree_leaves([(call.args, dict(call.kwargs)) for call in calls])
-        for calls in (of_text, of_zeros)
-    )
+def _differ(of_text: Sequence[Call], of_zeros: Sequence[Call], windows: int) -> bool:
+    """Whether layers are called with something else for another text of the same length: the calls
+    of so many windows against what those of one are made into for them."""
+    text = tree_leaves([(call.args, dict(call.kwargs)) for call in of_text])
+    zeros = tree_leaves([call.over(windows) for call in of_zeros])
     return any(
         isinstance(one, torch.Tensor) and not bool(torch.isclose(one, other).all())
         for one, other in zip(text, zeros, strict=True)

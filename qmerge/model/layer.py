@@ -37,7 +37,7 @@ class Call:
             return self.args, self.kwargs
         leaves, form = tree_flatten((self.args, dict(self.kwargs)))
         wide = [
-            leaf if axis is None else leaf.expand(*_sizes(leaf.ndim, axis, windows))
+            leaf if axis is None else _widened(leaf, axis, windows)
             for leaf, axis in zip(leaves, self.axes, strict=True)
         ]
         args, kwargs = tree_unflatten(wide, form)
@@ -70,6 +70,14 @@ class WindowCalls(Call):
 def _sizes(dimensions: int, axis: int, size: int) -> tuple[int, ...]:
     """For `expand`: one axis anew, the others as they are."""
     return tuple(size if dimension == axis else -1 for dimension in range(dimensions))
+
+
+def _widened(leaf: torch.Tensor, axis: int, windows: int) -> torch.Tensor:
+    """What one window is called with, for so many: over again where the axis has others beside the
+    windows in it, such as BLOOM's heads."""
+    if leaf.shape[axis] == 1:
+        return leaf.expand(*_sizes(leaf.ndim, axis, windows))
+    return torch.cat([leaf] * windows, axis)
 
 
 def _joined(added: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from qmerge.report.words import (
     rows,
     verdict,
 )
-from qmerge.results import Comparison, CorpusComparison, GateVerdict, RunResult
+from qmerge.results import FINITE, Comparison, CorpusComparison, GateVerdict, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,14 @@ class Checked:
 def of_result(result: RunResult) -> Checked:
     """The limits; that there are scores at all, and finite ones, is a check of its own."""
     sentence = verdict(result).sentence
-    scored = all(found.passed for found in result.gate if found.limit == "finite")
+    broken = [found.text for found in result.gate if found.limit == FINITE]
+    limits = [found for found in result.gate if found.limit != FINITE]
+    scored = Check(name="scored", passed=not broken, text="; ".join(broken) or sentence)
     found = [f"- {coded(line, result)}" for line in findings(result)]
     return Checked(
         command=f"qmerge {result.command}",
         sentence=sentence,
-        checks=(Check(name="scored", passed=scored, text=sentence), *_limits(result.gate)),
+        checks=(scored, *_limits(limits)),
         warnings=tuple(pressing(result)),
         seconds=result.timings.get("total", 0.0),
         text=render(result),

@@ -427,9 +427,14 @@ def _ranking(result: RunResult, corpus: str) -> Verdict:
     near = {arm: s.kl.mean for arm, s in scores.items() if s.kl is not None}
     if near and len(near) > 1:
         best = min(near, key=lambda arm: (math.isnan(near[arm]), near[arm]))
+        if math.isnan(near[best]):
+            sentence = f"No KL from {result.reference} is finite on {corpus}."
+            return Verdict(tone="poor", sentence=sentence)
         sentence = f"Nearest to {result.reference} on {corpus}: {best}, KL {near[best]:.5f}."
         return Verdict(tone="plain", sentence=sentence)
     best = min(scores, key=lambda a: (math.isnan(scores[a].perplexity), scores[a].perplexity))
+    if not math.isfinite(scores[best].perplexity):
+        return Verdict(tone="poor", sentence=f"No score is finite on {corpus}.")
     lead = "Lowest perplexity" if len(scores) > 1 else "Perplexity"
     return Verdict(
         tone="plain", sentence=f"{lead} on {corpus}: {best}, {perplexity(scores[best])}."

@@ -7,7 +7,7 @@ from pathlib import Path
 from qmerge.errors import InputError
 from qmerge.model.opening import open_model
 from qmerge.progress import Progress, Silent
-from qmerge.reread import find_report
+from qmerge.reread import REPORT
 from qmerge.results import RunResult
 from qmerge.verify.files import check_files, check_index, check_report
 from qmerge.verify.findings import Check, Findings, Verification
@@ -34,9 +34,10 @@ def verify(
     release, and where `load` cannot be had.
     """
     progress = progress or Silent()
-    if not release.is_dir():
-        raise InputError(f"{release}: no such folder", hint="give a release that `qmerge run` made")
-    find_report(release)
+    if not (release / REPORT).is_file():
+        why = f" holds no {REPORT}" if release.is_dir() else ": no such folder"
+        why = ": is a file" if release.is_file() else why
+        raise InputError(f"{release}{why}", hint="give the folder of a `qmerge run` release")
     findings = Findings()
     progress.stage("verify", 1)
     progress.step("files")

@@ -17,7 +17,6 @@ from qmerge import cli
 from qmerge.measure import Limits, check_limits
 from qmerge.progress import Progress
 from qmerge.results import RunResult
-from qmerge.storage.shards import sha256_file
 from tests.samples import finished
 
 RUN = ["run", "--base", "b", "--adapter", "a", "--out", "o"]
@@ -173,25 +172,32 @@ def test_links_are_followed_and_a_pipe_stays_one(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gate.xml", "link", "pipe"]
 
 
-def test_report_does_not_replace_what_a_release_is_made_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("option", ["--out", "--junit", "--log-json"])
+@pytest.mark.parametrize("name", ["config.json", "new.html", "link", "qmerge_report.json"])
+def test_nothing_is_written_into_a_release(
+    option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, report = tmp_path / "report.html", tmp_path / "qmerge_report.json"
-    page.write_text("page")
-    release = finished().release
-    assert release is not None
-    whole = dataclasses.replace(release, files={page.name: sha256_file(page)})
-    report.write_text(json.dumps(dataclasses.replace(finished(), release=whole).to_dict()))
-    kept = report.read_bytes()
-    for file in (page, report):
-        for run in (tmp_path, report):
-            assert cli.status(["report", str(run), "--out", str(file)]) == 2
-            told = capsys.readouterr().err
-            assert f"{file} belongs to the release" in told
-            assert "hint: give another name" in told
-    assert (page.read_text(), report.read_bytes()) == ("page", kept)
-    page.write_text("a page of something else")
-    assert cli.status(["report", str(tmp_path), "--out", str(page)]) == 0
+    release, beside = tmp_path / "release", tmp_path / "beside"
+    for folder in (release, beside):
+        folder.mkdir()
+        (folder / "qmerge_report.json").write_text(json.dumps(finished().to_dict()))
+    (release / "config.json").write_text("{}")
+    file = (beside if name == "link" else release) / name
+    if name == "link":
+        file.symlink_to(release / "config.json")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
+    command = {
+        "--out": ["report"],
+        "--junit": ["compare", str(release)],
+        "--log-json": ["evaluate"],
+    }
+    assert cli.status([*command[option], str(release), option, str(file)]) == 2
+    told = capsys.readouterr().err
+    assert f"{option}: {file} would be in a release" in told
+    assert "hint: name a file elsewhere" in told
+    assert {path: path.read_bytes() for path in tmp_path.glob("*/*")} == before
+    # A report alone is no release: pages may lie beside it.
+    assert cli.status(["report", str(beside), "--out", str(beside / "page.md")]) == 0
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,10 +94,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "parallel_attn": False,
     },
     "Falcon new": {**OLD, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512},
     "Cohere": {**SMALL, "logit_scale": 1.0},
     "Granite": SMALL,
 }
-FAST = ("Gemma2", "GPT2")
+FAST = ("Gemma2", "GPT2", "Bloom")
 DENSE = tuple(name for name in FAMILIES if name.startswith("Falcon"))
 """Families whose linears are of a class of their own, which bitsandbytes leaves as they are."""
 WRITTEN = ("Llama llama3", "Mistral", "Qwen2", "Gemma2", "Gemma3Text", "Phi", "OPT")
