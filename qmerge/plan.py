@@ -229,7 +229,7 @@ def plan_proof(recipe: Recipe) -> Job:
     faults = Faults()
     job = _make_job(recipe, faults, scored=False)
     if job is None:
-        raise PlanError(tuple(dict.fromkeys(faults.found)))
+        raise PlanError(_once(faults.found))
     return job
 
 

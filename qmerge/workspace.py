@@ -7,8 +7,6 @@ command goes on after the last unit that the journal has.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +21,7 @@ from qmerge.options import options
 from qmerge.provenance import versions
 from qmerge.recipe import Recipe
 from qmerge.results import InputRecord, encode
-from qmerge.storage.journal import RESTART_HINT, Journal
+from qmerge.storage.journal import RESTART_HINT, Journal, glance
 from qmerge.storage.shards import ShardRecord, sha256_file, sync_folder, translated
 
 JOURNAL = "journal.jsonl"
@@ -202,7 +200,7 @@ def done_before(job: Job) -> frozenset[str]:
     _refuse_foreign(folder)
     if not (folder / JOURNAL).exists():
         return frozenset()
-    events = _glance(folder / JOURNAL)
+    events = glance(folder / JOURNAL)
     if job.recipe.restart:
         return frozenset()
     if events:
@@ -210,28 +208,6 @@ def done_before(job: Job) -> frozenset[str]:
         _compare({key: before[key] for key in now if key in before}, now, folder)
         _refuse_links(folder)
     return frozenset(event["unit"] for event in events if "unit" in event)
-
-
-def _glance(journal: Path) -> list[Mapping[str, Any]]:
-    """The events of a journal up to what is no whole line; its digests are not checked."""
-    events: list[Mapping[str, Any]] = []
-    with translated(journal), journal.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"{journal}: another process is at work in this folder",
-                hint="wait for it to end, or give another --out",
-            ) from error
-        for line in file:
-            try:
-                event = json.loads(line)["event"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                break
-            if not isinstance(event, dict):
-                break
-            events.append(event)
-    return events
 
 
 def _make(folder: Path) -> None:

@@ -67,16 +67,11 @@ class WindowCalls(Call):
         return Call(args=args, kwargs=kwargs, added=_joined([call.added for call in chosen]))
 
 
-def _sizes(dimensions: int, axis: int, size: int) -> tuple[int, ...]:
-    """For `expand`: one axis anew, the others as they are."""
-    return tuple(size if dimension == axis else -1 for dimension in range(dimensions))
-
-
 def _widened(leaf: torch.Tensor, axis: int, windows: int) -> torch.Tensor:
     """What one window is called with, for so many: over again where the axis has others beside the
     windows in it, such as BLOOM's heads."""
     if leaf.shape[axis] == 1:
-        return leaf.expand(*_sizes(leaf.ndim, axis, windows))
+        return leaf.expand(*leaf.shape[:axis], windows, *leaf.shape[axis + 1 :])
     return torch.cat([leaf] * windows, axis)
 
 

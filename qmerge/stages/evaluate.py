@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
 
 import torch
 from torch import nn
@@ -23,8 +22,6 @@ from qmerge.texts import LENS_TOKENS, LENS_WINDOWS, LOGIT_BYTES
 
 FEW = 4
 """Arms whose running figures are all shown."""
-MOST = 700.0
-"""Nats of which e can still be raised to."""
 
 
 def key_of(arm: str, corpus: str) -> str:
@@ -126,22 +123,36 @@ class _Shown:
             if len(arms) <= FEW or arm == reference or arm.startswith("release")
         }
         self._reference = reference
-        self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._nll: dict[str, _Mean] = defaultdict(_Mean)
+        self._kl: dict[str, _Mean] = defaultdict(_Mean)
 
     def add(self, arm: str, part: TokenStats) -> None:
         if arm not in self._names:
             return
-        self._count(f"{self._names[arm]} perplexity", part.nll_R[part.scored_R])
+        self._nll[arm].add(part.nll_R[part.scored_R])
         if part.kl_R is not None and arm != self._reference:
-            self._count(f"{self._names[arm]} KL", part.kl_R)
-
-    def _count(self, name: str, values: torch.Tensor) -> None:
-        self._sums[name][0] += float(values.sum())
-        self._sums[name][1] += values.numel()
+            self._kl[arm].add(part.kl_R)
 
     def figures(self) -> dict[str, float]:
-        means = {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
-        return {n: exp(min(m, MOST)) if n.endswith("perplexity") else m for n, m in means.items()}
+        found = {}
+        for arm, mean in self._nll.items():
+            found[f"{self._names[arm]} perplexity"] = float(torch.tensor(mean.value).exp())
+            if arm in self._kl:
+                found[f"{self._names[arm]} KL"] = self._kl[arm].value
+        return found
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+
+    def add(self, values: torch.Tensor) -> None:
+        self._total += float(values.sum())
+        self._count += values.numel()
+
+    @property
+    def value(self) -> float:
+        return self._total / max(self._count, 1)
 
 
 def _windows_at_once(frames: Mapping[str, Frame], length: int) -> int:

@@ -101,14 +101,7 @@ class Journal:
         self.close()
 
     def _lock(self) -> None:
-        """The system lets go of the lock when the process ends, however it ends."""
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"{self.path}: another process is at work in this folder",
-                hint="wait for it to end, or give another --out",
-            ) from error
+        _take(self._handle, self.path, fcntl.LOCK_EX)
         # Between opening and locking, the other process may have published or removed the folder.
         held = os.fstat(self._handle)
         if not self.path.exists() or not os.path.samestat(held, self.path.stat()):
@@ -129,6 +122,35 @@ class Journal:
             self._digest, event = parsed
             self._events.append(event)
             self._end += len(line)
+
+
+def glance(path: Path) -> list[Event]:
+    """The events of a journal up to what is no whole line; nothing is written.
+
+    Raises StorageError if another process holds it, or if it cannot be read.
+    """
+    events: list[Event] = []
+    digest = ""
+    with translated(path), path.open("rb") as file:
+        _take(file.fileno(), path, fcntl.LOCK_SH)
+        for line in file:
+            parsed = _parse(line, digest)
+            if parsed is None:
+                break
+            digest, event = parsed
+            events.append(event)
+    return events
+
+
+def _take(handle: int, path: Path, lock: int) -> None:
+    """The system lets go of the lock when the process ends, however it ends."""
+    try:
+        fcntl.flock(handle, lock | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StorageError(
+            f"{path}: another process is at work in this folder",
+            hint="wait for it to end, or give another --out",
+        ) from error
 
 
 def _canonical(event: Any) -> str:
