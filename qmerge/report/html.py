@@ -61,13 +61,17 @@ class Picture:
     title: str
     caption: str
     svg: Markup
-    wide: bool = False
     inches: float = plots.WIDTH
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes a line of its own."""
+        return self.inches > plots.WIDTH
 
     @property
     def least(self) -> str:
         """Its width on a phone, where it is wider than the screen: text stays readable."""
-        return f"{PHONE * self.inches:.0f}px" if self.inches > plots.WIDTH else "0"
+        return f"{PHONE * self.inches:.0f}px" if self.wide else "0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +264,7 @@ def _depth(result: RunResult, layers: int) -> Picture:
     )
     width = plots.WIDTH * min(2.0, max(1.0, layers / FEW_LAYERS))
     svg = plots.picture("depth", 2.9, plots.depth(result), width)
-    return Picture(
-        title="KL by layer depth", caption=caption, svg=Markup(svg), wide=layers > FEW_LAYERS,
-        inches=width,
-    )  # fmt: skip
+    return Picture(title="KL by layer depth", caption=caption, svg=Markup(svg), inches=width)
 
 
 def _maps(result: RunResult) -> list[Picture]:
@@ -276,12 +277,7 @@ def _maps(result: RunResult) -> list[Picture]:
             " adapter changes nothing."
         )
         svg = Markup(plots.picture("survival", height, draw, width))
-        found.append(
-            Picture(
-                title="Adapter survival", caption=caption, svg=svg, wide=width > plots.WIDTH,
-                inches=width,
-            )
-        )  # fmt: skip
+        found.append(Picture(title="Adapter survival", caption=caption, svg=svg, inches=width))
     if any(x.survival and x.survival.error_ratio is not None for x in measured):
         width, height, draw = plots.ratio_map(result)
         caption = (
@@ -292,10 +288,9 @@ def _maps(result: RunResult) -> list[Picture]:
         svg = Markup(plots.picture("ratio", height, draw, width))
         found.append(
             Picture(
-                title="Error of the base against adapter", caption=caption, svg=svg,
-                wide=width > plots.WIDTH, inches=width,
+                title="Error of the base against adapter", caption=caption, svg=svg, inches=width
             )
-        )  # fmt: skip
+        )
     if any(x.error is not None for x in measured):
         width, height, draw = plots.error_map(result)
         caption = (
@@ -303,12 +298,7 @@ def _maps(result: RunResult) -> list[Picture]:
             " same projection in all layers. Far above 1 is a layer that hurts."
         )
         svg = Markup(plots.picture("error", height, draw, width))
-        found.append(
-            Picture(
-                title="Quantization error", caption=caption, svg=svg, wide=width > plots.WIDTH,
-                inches=width,
-            )
-        )  # fmt: skip
+        found.append(Picture(title="Quantization error", caption=caption, svg=svg, inches=width))
     return found
 
 
