@@ -20,6 +20,9 @@ from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
 from qmerge.recipe import ActOrder, Recipe
 
+REFERENCE = "trained"
+"""The arm that the others are measured against."""
+NOISE = "noise_floor"
 NOISE_WINDOWS = 8
 """Windows of each corpus that are run in 16 bits as well, to see what that alone changes."""
 
@@ -95,14 +98,22 @@ class Job:
         )
 
 
+def merged_arm(strategy: str) -> str:
+    return f"merged@{strategy}"
+
+
+def release_arm(strategy: str) -> str:
+    return f"release@{strategy}"
+
+
 def arm_names(job: Job) -> tuple[str, ...]:
     """The arms that stream through the walk, in the order in which they are told."""
     before = ("original",) if job.original is not None else ()
     after = ("previous",) if job.previous is not None else ()
     if job.change is None:  # nothing to merge: the base is what was trained
-        return (*before, "trained", *(f"release@{s}" for s in job.strategies), *after)
-    made = [name for s in job.strategies for name in (f"merged@{s}", f"release@{s}")]
-    return (*before, "quantized_base", "trained", *made, *after)
+        return (*before, REFERENCE, *map(release_arm, job.strategies), *after)
+    made = [arm(s) for s in job.strategies for arm in (merged_arm, release_arm)]
+    return (*before, "quantized_base", REFERENCE, *made, *after)
 
 
 def partial(out: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 from qmerge import __version__
 from qmerge.errors import ModelError
 from qmerge.grids import opened_by
-from qmerge.job import Job
+from qmerge.job import NOISE, REFERENCE, Job, merged_arm, release_arm
 from qmerge.measure import (
     check_limits,
     limits_of,
@@ -66,7 +66,7 @@ from qmerge.stages.substitute import likeness, unlike
 from qmerge.storage.files import read_json
 from qmerge.storage.shards import write_index
 from qmerge.texts import load_tokenizer
-from qmerge.walk import NOISE, REFERENCE, Walk, merged_arm, release_arm
+from qmerge.walk import Walk
 from qmerge.workspace import Workspace, whole_fingerprint
 
 RELEASE = "release"
@@ -113,7 +113,7 @@ def _run(recipe: Recipe, progress: Progress, meter: Meter) -> RunResult:
         progress.stage("score", len(job.evaluation))
         progress.step("final norm and head")
         scored, noise = walk.scores(), walk.noise()
-        seconds = time.monotonic() - began + walk.seconds_before
+        seconds = time.monotonic() - began + walk.ledger.seconds_before
         result = _result(walk, scored, noise, inputs, seconds)
         assert result.strategy is not None
         progress.stage("publish", 1)
@@ -224,10 +224,10 @@ def _result(
 ) -> RunResult:
     job = walk.job
     by_corpus = {found.corpus.name: score_arms(found.stats, REFERENCE) for found in scored}
-    strategy = _choose(job, by_corpus, walk.layers)
+    strategy = _choose(job, by_corpus, walk.ledger.layers)
     names = _arm_names(job, strategy.chosen)
     arms = _named_arms(by_corpus, names)
-    layers = tuple(_named_drift(layer, names) for layer in walk.layers[strategy.chosen])
+    layers = tuple(_named_drift(layer, names) for layer in walk.ledger.layers[strategy.chosen])
     kept = {_on_disk(job, x.name): x.survival for layer in layers for x in layer.linears}
     remedies = pooled(_remedies(job, layers))
     weak = survival_warning(kept, remedies)
@@ -382,7 +382,7 @@ def _fallbacks(layers: Sequence[LayerResult]) -> Iterator[str]:
 def _publish(walk: Walk, result: RunResult, chosen: str, asked: str) -> RunResult:
     """Everything beside the shards, and then the rename that makes it a release."""
     job, folder = walk.job, walk.workspace.release(chosen)
-    records = walk.records[chosen]
+    records = walk.ledger.records[chosen]
     files = {record.file: record.sha256 for record in records}
     files["model.safetensors.index.json"] = write_index(folder, records)
     files |= write_config(job, folder)

@@ -125,6 +125,7 @@ FILES = {
         "streams",
     ),
     "stages": ("substitute", "evaluate", "merge", "remedies", "requantize", "head"),
+    "walk": ("ground", "notes", "arms", "live", "ledger", "releases"),
     "report": (
         "words",
         "text",
