@@ -19,12 +19,9 @@ from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import WEIGHT, join, matches, module_of
 from qmerge.recipe import Recipe
+from qmerge.results import LEFT_BESIDE
 
 SERVED_GROUPS = (-1, 32, 64, 128)
-MIXED = (
-    "left in 16 bits beside linears that read the same input and are quantized: {}; a server that"
-    " fuses them with those cannot load this release"
-)
 RANDOM = "transformers leaves the experts of a {} release random"
 GPTQMODEL_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """Names that gptqmodel 7.6 finds packed experts by; Mixtral's on disk are others."""
@@ -121,7 +118,11 @@ def beside(
                 dense = [name.rpartition(".")[2] for name in names if name not in targets]
                 if 0 < len(dense) < len(names):
                     found[tuple(dense)] = None
-    return [MIXED.format(" and ".join(names)) for names in found]
+    return [
+        f"{LEFT_BESIDE}{' and '.join(names)}; a server that fuses them with those cannot load this"
+        " release"
+        for names in found
+    ]
 
 
 def _torn(

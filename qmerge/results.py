@@ -155,6 +155,8 @@ class Remedy:
 
 FEW_TOKENS = "too few tokens chose this expert: calibrated with all"
 """The fallback of an expert's linear whose own tokens would not do."""
+LEFT_BESIDE = "left in 16 bits beside linears that read the same input and are quantized: "
+"""How the warning begins that a server which fuses them cannot load the release."""
 
 
 DOUBT = "this is not what you trained"

@@ -10,7 +10,7 @@ import yaml
 
 from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.words import findings, legend, size, verdict
-from qmerge.results import RunResult
+from qmerge.results import LEFT_BESIDE, RunResult
 
 # The hub's own identifier: organisation and name; anything else is a folder on somebody's disk.
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+\Z")
@@ -180,10 +180,12 @@ def _opened_by(result: RunResult) -> str:
 
 
 def _refused_by_vllm(result: RunResult) -> str:
-    """vLLM's GPTQ loader takes symmetric 4 or 8 bits in the first checkpoint format only."""
+    """vLLM loads no linears of which it makes one and some alone are packed; of GPTQ it takes
+    symmetric 4 or 8 bits in the first checkpoint format only."""
+    mixed = any(warning.startswith(LEFT_BESIDE) for warning in result.warnings)
+    reasons = ["some linears that it fuses with packed ones are in 16 bits"] if mixed else []
     if _setting(result, "format") == "compressed-tensors":
-        return ""
-    reasons = []
+        return "; ".join(reasons)
     if _setting(result, "bits") in (2, 3):
         reasons.append(f"its GPTQ kernels have no {_setting(result, 'bits')} bits")
     if _setting(result, "symmetric") is False:

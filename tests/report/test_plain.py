@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from qmerge.measure import Limits, check_limits, compare_results
 from qmerge.report import FORMATS, render, render_card, render_comparison
 from qmerge.report.checks import of_result
-from qmerge.results import UNPROVEN, InputRecord, RunResult
+from qmerge.results import LEFT_BESIDE, UNPROVEN, InputRecord, RunResult
 from tests.samples import ODD, finished, quantized, without_adapter_figures
 
 
@@ -268,6 +268,16 @@ def test_the_card_goes_by_what_the_release_records() -> None:
     assert "from_pretrained" not in by_vllm
     assert "vllm serve x" in by_vllm
     assert 'GPTQModel.load("x")' in card(opened_by="gptqmodel")
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_the_card_serves_no_release_that_a_fusing_server_cannot_load(form: str) -> None:
+    made = InputRecord(path="r", details={"format": form, "bits": 4, "symmetric": True})
+    whole = dataclasses.replace(finished(), release=made)
+    assert "vllm serve x" in render_card(whole, name="x")
+    mixed = dataclasses.replace(whole, warnings=(f"{LEFT_BESIDE}k_proj; and so on",))
+    assert "vllm serve" not in render_card(mixed, name="x")
+    assert "vLLM does not load it: some linears that it fuses" in render_card(mixed, name="x")
 
 
 def test_a_comparison_says_better_worse_or_same() -> None:
