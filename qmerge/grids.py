@@ -12,13 +12,12 @@ from torch import nn
 
 from qmerge.errors import Fault
 from qmerge.formats.gptq import SERVED_AS
-from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
 from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import WEIGHT, join, matches, module_of
-from qmerge.recipe import Recipe
+from qmerge.recipe import OutputFormat, Recipe
 
 SERVED_GROUPS = (-1, 32, 64, 128)
 MIXED = (

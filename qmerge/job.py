@@ -12,13 +12,12 @@ import torch
 from qmerge.adapters import Adapter, Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError
-from qmerge.formats.writing import OutputFormat
-from qmerge.gptq import GridChoice, GridSpec
+from qmerge.gptq import GridSpec
 from qmerge.model.paused import Held
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
-from qmerge.recipe import ActOrder, Recipe
+from qmerge.recipe import ActOrder, GridChoice, OutputFormat, Recipe
 
 NOISE_WINDOWS = 8
 """Windows of each corpus that are run in 16 bits as well, to see what that alone changes."""

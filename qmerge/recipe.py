@@ -40,6 +40,7 @@ from qmerge.options import (
     whole,
 )
 
+# The words that an option takes, and all code that acts on them.
 Strategy = Literal["dequantize", "substitute", "auto"]
 ActOrder = Literal["none", "group", "full"]
 GridChoice = Literal["fresh", "anchored", "auto"]
@@ -58,6 +59,7 @@ Combination = Literal[
     "magnitude_prune",
     "magnitude_prune_svd",
 ]
+Dtype = Literal["float32", "bfloat16", "float16"]
 EvalRole = Literal["in_domain", "general"]
 
 
@@ -180,7 +182,7 @@ class Recipe(Scoring):
     )
     strategy: Strategy = option(
         "dequantize",
-        choice("dequantize", "substitute", "auto"),
+        choice(*get_args(Strategy)),
         "Models",
         "Merge onto the decoded base, onto the original, or make both and publish the one that is"
         " nearer to what was trained.",
@@ -273,14 +275,14 @@ class Recipe(Scoring):
     )
     act_order: ActOrder = option(
         "group",
-        choice("none", "group", "full"),
+        choice(*get_args(ActOrder)),
         "Quantizer",
         "Columns are rounded as they stand, by decreasing diagonal of the Hessian, or so and"
         " grouped in that order too (desc_act).",
     )
     grid: GridChoice = option(
         "auto",
-        choice("fresh", "anchored", "auto"),
+        choice(*get_args(GridChoice)),
         "Quantizer",
         "Steps fitted anew, a GPTQ base's own, or for each row of a weight those that lose less.",
     )
@@ -300,7 +302,7 @@ class Recipe(Scoring):
     )
     objective: Objective = option(
         "asymmetric",
-        choice("asymmetric", "symmetric"),
+        choice(*get_args(Objective)),
         "Quantizer",
         "Aim at what the merged model computes on its own inputs, or at its weights.",
     )
@@ -322,7 +324,7 @@ class Recipe(Scoring):
     )
     format: OutputFormat | None = option(
         None,
-        choice("gptq", "gptq_v2", "compressed-tensors"),
+        choice(*get_args(OutputFormat)),
         "Quantizer",
         "How the release is written.",
         unset="gptq, or gptq_v2 with --asym",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from qmerge.formats.fp8 import FP8_DTYPES, SCALE_DTYPES, decode_scaled, expect_s
 from qmerge.formats.packing import WORD, pack, unpack, unpack_word_aligned, words_for
 from qmerge.formats.schemes import PACKED, Scheme, read_schemes, scheme_of
 from qmerge.formats.settings import Settings
+from qmerge.recipe import ActOrder
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.headers import TensorInfo
 
@@ -330,7 +331,7 @@ def quantization_config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    order: Literal["none", "group", "full"],
+    order: ActOrder,
     quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
 ) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from qmerge.formats import gptq
 from qmerge.formats.base import IntegerWeight
-
-OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+from qmerge.recipe import ActOrder, OutputFormat
 
 
 def pack(weight: IntegerWeight, form: OutputFormat) -> dict[str, Tensor]:
@@ -29,7 +28,7 @@ def quantization_config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    order: Literal["none", "group", "full"],
+    order: ActOrder,
     damping: float,
     writer: str,
     quantized: Mapping[str, tuple[int, int]],
