@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import CorpusError
-from qmerge.options import expanded
+from qmerge.specs import expanded, is_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +83,8 @@ def load_corpus(
     *,
     sequence_length: int,
     role: Role,
+    name: str,
     windows: int | None = None,
-    name: str | None = None,
     seed: int = 0,
 ) -> Corpus:
     """Windows of the text that `spec` names (calibration/README.md), at most `windows` of them.
@@ -99,7 +99,7 @@ def load_corpus(
     all_WS = _cut(_tokenize(text, tokenizer), sequence_length, spec)
     tokens_WS = _choose(all_WS, windows, seed if role == "calibration" else None)
     return Corpus(
-        name=name or default_name(spec),
+        name=name,
         source=spec,
         role=role,
         tokens=tokens_WS,
@@ -134,13 +134,6 @@ def overlap(calibration: Corpus, evaluation: Corpus, *, width: int = 64) -> floa
     known = _fingerprints(calibration.tokens, width, step=1)
     asked = _fingerprints(evaluation.tokens, width, step=width)
     return torch.isin(asked, known).double().mean().item()
-
-
-def default_name(spec: str) -> str:
-    """The file's stem, the recipe's name, or the dataset's name without its organisation."""
-    if match := _HUB.fullmatch(spec):
-        return match["dataset"]
-    return spec if spec in text_recipes() else split_column(spec)[0].stem
 
 
 def text_recipes() -> dict[str, Path]:
@@ -189,20 +182,11 @@ def _hub_name(spec: str) -> re.Match[str]:
 
 
 def split_column(spec: str) -> tuple[Path, str | None]:
-    """File and column; a file whose name is the whole SPEC wins."""
-    whole = expanded(spec)
+    """FILE[:COLUMN]."""
     path, colon, column = spec.rpartition(":")
-    if not colon or is_file(whole) or Path(path).suffix not in _FILE_SUFFIXES:
-        return whole, None
+    if not colon or Path(path).suffix not in _FILE_SUFFIXES or is_there(spec):
+        return expanded(spec), None
     return expanded(path), column
-
-
-def is_file(path: Path) -> bool:
-    """Whether it is one; what no path can be is none."""
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be read
-        return False
 
 
 def _from_file(
@@ -219,7 +203,7 @@ def _file_rows(spec: str, file: Path, column: str | None) -> str | list[Any]:
             f"{spec}: neither a recipe nor a {', '.join(_FILE_SUFFIXES)} file",
             hint=_recipes_hint(),
         )
-    if not is_file(file):
+    if not is_there(str(file)):
         raise CorpusError(f"{file}: no such file", hint=f"look at the path; {_recipes_hint()}")
     try:
         if file.suffix == ".txt":

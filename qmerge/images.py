@@ -22,7 +22,6 @@ from torch import Tensor
 from qmerge.corpus import (
     Corpus,
     Role,
-    default_name,
     from_messages,
     jsonl_rows,
     split_column,
@@ -78,9 +77,9 @@ def load_images(
     *,
     sequence_length: int,
     role: Role,
+    name: str,
     windows: int,
-    name: str | None = None,
-    seed: int = 0,
+    seed: int,
 ) -> Corpus:
     """Windows of the rows, drawn in an order that `seed` decides, until there are enough.
 
@@ -106,7 +105,7 @@ def load_images(
             digest.update(own[key].contiguous().numpy().tobytes())
     texts = "\n\n".join(part.text for parts in found for part in parts)
     return Corpus(
-        name=name or default_name(spec),
+        name=name,
         source=spec,
         role=role,
         tokens=tokens_WS,

@@ -38,14 +38,6 @@ def _text(value: object) -> str:
     return value
 
 
-def expanded(path: str) -> Path:
-    """With a home folder for a `~` at its start; as it stands where nobody has that one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
-
-
 def _path(value: object) -> Path:
     try:
         return Path(_text(str(value) if isinstance(value, Path) else value)).expanduser()

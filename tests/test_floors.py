@@ -29,7 +29,7 @@ class Floor:
 FLOORS = (
     Floor(
         name="words",
-        modules=("errors", "names", "options", "recipe", "results", "progress", "meter"),
+        modules=("errors", "names", "options", "specs", "recipe", "results", "progress", "meter"),
         ladder=True,
     ),
     Floor(name="bytes", modules=("storage", "heap", "precision")),
