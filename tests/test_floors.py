@@ -79,6 +79,8 @@ FILES = {
     "storage": ("files", "headers", "pickled", "checkpoint", "shards", "journal"),
     "formats": (
         "settings",
+        "checks",
+        "integer",
         "base",
         "packing",
         "dense",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.formats.base import ALL, Format, StoredWeight, Wrapper
+from qmerge.formats.base import Format, StoredWeight, Wrapper
+from qmerge.formats.integer import ALL
 from qmerge.recipe import Dtype
 from qmerge.storage.checkpoint import Checkpoint
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmerge.formats.base import Format, IntegerWeight, StoredWeight
+from qmerge.formats.base import Format, StoredWeight
+from qmerge.formats.integer import IntegerWeight
 
 
 @dataclass(frozen=True, kw_only=True)

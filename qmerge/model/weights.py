@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qmerge.formats.base import Format, IntegerWeight
+from qmerge.formats.base import Format
+from qmerge.formats.integer import IntegerWeight
 from qmerge.formats.stacked import Stack
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.names import NameMap, Unit, under

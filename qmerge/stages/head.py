@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import Drift, Hessian
 from qmerge.job import Settings
 from qmerge.measure import output_power, pool_survival

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import (
     Drift,
     Grid,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qmerge.errors import PlanError, RecipeError
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import Hessian
 from qmerge.job import Job
 from qmerge.measure import linear_survival, output_power, pool_survival, relative_error

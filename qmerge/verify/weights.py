@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from qmerge.errors import QmergeError
-from qmerge.formats.base import IntegerWeight
 from qmerge.formats.gptq import SERVED_AS
+from qmerge.formats.integer import IntegerWeight
 from qmerge.model.experts import blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
