@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qmerge.errors import Fault
-from qmerge.formats.gptq import SERVED_AS
+from qmerge.formats.gptq import served_together
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
 from qmerge.model.experts import blocks_of
@@ -84,7 +84,7 @@ def torn(
     paths = [skeleton.layer_path(index) for index in range(skeleton.layer_count)]
     for path in paths:
         for group in sorted(siblings):
-            for fused in _fused(group):
+            for fused in served_together(group):
                 names = tuple(join(path, name) for name in fused)
                 if len({specs.get(name) for name in names if name in targets}) > 1:
                     like = tuple(NUMBERED.sub("*", name) for name in fused)
@@ -116,7 +116,7 @@ def beside(
     for index in range(skeleton.layer_count):
         path = skeleton.layer_path(index)
         for group in sorted(siblings):
-            for names in _fused(tuple(join(path, name) for name in group)):
+            for names in served_together(join(path, name) for name in group):
                 dense = [name.rpartition(".")[2] for name in names if name not in targets]
                 if 0 < len(dense) < len(names):
                     found[tuple(dense)] = None
@@ -151,15 +151,6 @@ def _tearing(recipe: Recipe, names: tuple[str, ...]) -> str:
         if 0 < sum(matches(override.pattern, name) for name in names) < len(names):
             return text.rpartition("=")[2]
     return "SETTINGS"
-
-
-def _fused(group: tuple[str, ...]) -> list[list[str]]:
-    """Siblings of one module; where it is known what vLLM makes of them, those of one such."""
-    fused: dict[tuple[str, str | None], list[str]] = {}
-    for name in group:
-        parent, _, own = name.rpartition(".")
-        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
-    return list(fused.values())
 
 
 def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:

@@ -21,8 +21,8 @@ from qmerge.adapters.landing import (
     DOUBLED,
     LEFT_OVER,
     contradictions,
-    listed,
     not_finite,
+    of_kind,
     wrong_values,
 )
 from qmerge.adapters.probe import NOOP, NOOP_HINT, Rows, no_rows, same_values
@@ -109,10 +109,10 @@ def overlay(
     lost = sorted(named.keys() - places.keys() - set(doubled))
     where = str(file)
     faults = (
-        *listed(
+        *of_kind(
             where, contradictions(spelling, {n: tensors[own] for n, own in found.items()}), DOUBLED
         ),
-        *listed(where, lost, HOMELESS),
+        *of_kind(where, lost, HOMELESS),
         *wrong_values(landed, places, where),
         *not_finite(landed, where),
     )

@@ -328,6 +328,16 @@ def _summary(
     )
 
 
+def served_together(group: Iterable[str]) -> list[list[str]]:
+    """What servers fuse of linears that read the same input: those of one module, and where it is
+    known what vLLM makes of them, those of one such."""
+    fused: dict[tuple[str, str | None], list[str]] = {}
+    for name in group:
+        parent, _, own = name.rpartition(".")
+        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
+    return list(fused.values())
+
+
 def pack_gptq(weight: IntegerWeight, *, version: Literal[1, 2] = 1) -> dict[str, Tensor]:
     """The four stored tensors of one linear, by suffix; scales keep their dtype.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from qmerge.names import listed
 from qmerge.results import (
     DOUBT,
     UNPROVEN,
@@ -485,15 +486,8 @@ def merge_lines(result: RunResult) -> list[str]:
             f" (farthest: {found.where}), {found.dtype} rounds by {found.rounding:.1e}"
         )
     if result.left_out:
-        lines.append(f"left as the base has it: {some(result.left_out)}")
+        lines.append(f"left as the base has it: {listed(result.left_out, NAMED)}")
     return lines
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    shown = list(names)
-    rest = len(shown) - NAMED
-    return ", ".join(shown[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def linears(result: RunResult) -> Iterator[LinearResult]:

@@ -17,10 +17,10 @@ import torch
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import InputError, QmergeError
-from qmerge.model.opening import listed
+from qmerge.names import listed
 from qmerge.results import CorpusRecord, RunResult
 from qmerge.texts import load_tokenizer
-from qmerge.verify.findings import Findings
+from qmerge.verify.findings import LISTED, Findings
 from qmerge.verify.loaders import Opened
 
 WINDOWS = 4
@@ -104,7 +104,7 @@ def _load(
         told: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "unfilled" in told:
         names = told["unfilled"]
-        return None, f"finds nothing for {listed(names)}, and leaves that random"
+        return None, f"finds nothing for {listed(names, LISTED)}, and leaves that random"
     if "error" in told:
         return None, f"does not load it: {shorten(told['error'].splitlines()[0], LONGEST)}"
     return told["nll"], ""
