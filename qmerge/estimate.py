@@ -17,7 +17,7 @@ import torch
 from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
-from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial_folder
 from qmerge.measure.gate import limits_of, told_limits
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
@@ -138,7 +138,7 @@ def summarize(
 
 def _goes_on(job: Job, done: Collection[str]) -> str:
     units = len(job.skeleton.units())
-    where = partial(job.recipe.out)
+    where = partial_folder(job.recipe.out)
     return f"goes on from {where}: {len(done)} of {units} units are done" if done else ""
 
 
@@ -243,7 +243,7 @@ def room_faults(job: Job) -> list[Fault]:
     """Disk and memory that this machine does not have. What a stopped run left is used again."""
     faults = []
     out, needed, memory = job.recipe.out, disk_bytes(job), memory_bytes(job)
-    left, free = _bytes_in(partial(out)), machine.disk_free(out)
+    left, free = _bytes_in(partial_folder(out)), machine.disk_free(out)
     if free + left < needed:
         faults.append(
             Fault(
@@ -319,8 +319,8 @@ def _whole_seconds(job: Job) -> dict[str, float]:
 
 
 def _reduced(job: Job) -> float:
-    """What calibration without a reference takes of its time in float32."""
-    if job.settings.asymmetric:
+    """What calibration takes of its time in float32."""
+    if not job.settings.reduced:
         return 1.0
     return machine.reduced_seconds(job.device) / machine.product_seconds(job.device)
 

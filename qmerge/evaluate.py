@@ -19,7 +19,7 @@ from qmerge.errors import Fault, InputError, PlanError
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
 from qmerge.measure import check_limits, limits_of, score_arms, too_few_windows
-from qmerge.meter import Meter
+from qmerge.meter import Meter, peak_rss
 from qmerge.model.frame import Frame, probe
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model, told
@@ -30,10 +30,10 @@ from qmerge.model.weights import Weights
 from qmerge.names import Unit
 from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
-from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
+from qmerge.provenance import corpus_record, folder_record, plain_recipe, versions
 from qmerge.recipe import EvaluateRecipe, Recipe
-from qmerge.reread import REPORT, read_report
-from qmerge.results import Corpora, InputRecord, RunResult, Survival
+from qmerge.reread import read_report
+from qmerge.results import REPORT, Corpora, InputRecord, RunResult, Survival
 from qmerge.specs import Contestant
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights

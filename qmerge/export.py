@@ -23,8 +23,7 @@ from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.formats.stacked import Stack
 from qmerge.heap import give_back
-from qmerge.job import Faults
-from qmerge.job import partial as partial_folder
+from qmerge.job import Faults, partial_folder
 from qmerge.model.opening import fused_only, open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton

@@ -37,6 +37,13 @@ class Settings:
     asymmetric: bool
 
     @property
+    def reduced(self) -> bool:
+        """Whether what is computed of calibration text may be rounded on matrix units. Of the
+        release alone nothing is made but a Hessian, which takes it; beside a reference it is what
+        the two differ by that counts, and that is small."""
+        return not self.asymmetric
+
+    @property
     def streams(self) -> int:
         """Streams of calibration text: the release's, and the reference's where it is aimed at."""
         return 1 + self.asymmetric
@@ -104,7 +111,7 @@ def arm_names(job: Job) -> tuple[str, ...]:
     return (*before, "quantized_base", "trained", *made, *after)
 
 
-def partial(out: Path) -> Path:
+def partial_folder(out: Path) -> Path:
     """Where a run that publishes `out` works."""
     return out.with_name(f"{out.name}.partial")
 

@@ -335,6 +335,15 @@ class Recipe(Scoring):
         """The adapters in the order given, with their weights."""
         return tuple(map(specs.weighted, self.adapter))
 
+    def folders(self) -> dict[str, Path]:
+        """The folders that go in, by the roles that a report has for them."""
+        single = {"base": self.base, "original": self.original, "previous": self.previous}
+        found = {role: folder for role, folder in single.items() if folder is not None}
+        several = len(self.adapter) > 1
+        for number, each in enumerate(self.adapters(), start=1):
+            found[f"adapter {number}" if several else "adapter"] = each.folder
+        return found
+
     def trained(self) -> tuple[Path, ...]:
         """The folders that training saved what it changed in; a later one's tokenizer wins."""
         state = (self.partial_state.parent,) if self.partial_state is not None else ()

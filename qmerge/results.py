@@ -19,6 +19,7 @@ from typing import Any
 from qmerge.errors import InputError
 
 SCHEMA_VERSION = 1
+REPORT = "qmerge_report.json"
 
 T = typing.TypeVar("T")
 

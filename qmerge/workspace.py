@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from qmerge import __version__
 from qmerge.errors import RecipeError, StorageError
-from qmerge.job import Job, partial
+from qmerge.job import Job, partial_folder
 from qmerge.options import options
 from qmerge.provenance import versions
 from qmerge.recipe import Recipe
@@ -45,7 +45,7 @@ class Workspace:
         Raises `RecipeError` naming what differs from the run that was stopped, or where the folder
         holds something else than a run; `StorageError` where another process is at work.
         """
-        folder = partial(out)
+        folder = partial_folder(out)
         _make(folder)
         workspace = cls(out, Journal.open(folder / JOURNAL, restart=restart))
         try:
@@ -61,7 +61,7 @@ class Workspace:
 
         Returns what that run gave to `publish`, or None where nothing of the kind is there.
         """
-        folder = partial(out)
+        folder = partial_folder(out)
         if not out.is_dir() or folder.is_symlink() or not (folder / JOURNAL).is_file():
             return None
         with cls(out, Journal.open(folder / JOURNAL)) as workspace:
@@ -194,7 +194,7 @@ def done_before(job: Job) -> frozenset[str]:
     Raises what `Workspace.open` does, but where that has to read all that goes in or checks what
     the journal says: where the inputs' files differ, or the journal is damaged.
     """
-    folder = partial(job.recipe.out)
+    folder = partial_folder(job.recipe.out)
     if not (folder.exists() or folder.is_symlink()):
         return frozenset()
     _refuse_foreign(folder)

@@ -10,7 +10,7 @@ from qmerge.cli.options import Command, json_option, recipe_options
 from qmerge.cli.outputs import ci_options, finish, log_option
 from qmerge.cli.progress import display
 from qmerge.errors import RecipeError
-from qmerge.options import build
+from qmerge.options import made, said
 from qmerge.recipe import Recipe
 
 
@@ -37,8 +37,9 @@ def command(
     stay, and the exit code is 1. A RECIPE that says adapter: [], as that of a `qmerge quantize`
     release does, is for a model without one.
     """
-    asked = build(Recipe, flags, file=recipe)
-    if not asked.adapter and asked.partial_state is None and not without_adapter(recipe):
+    given = said(Recipe, flags, file=recipe)
+    asked = made(Recipe, given)
+    if given.keys().isdisjoint(("adapter", "partial_state")):
         raise RecipeError("missing: --adapter", hint="`qmerge quantize` is for models without one")
 
     with display(log_json) as progress:
@@ -47,11 +48,3 @@ def command(
         result = run(asked, progress)
 
     return finish(result, as_json, junit, github)
-
-
-def without_adapter(recipe: Path | None) -> bool:
-    """Whether a recipe that could be read says that there is no adapter: one that says nothing of
-    it may have forgotten it."""
-    import yaml
-
-    return recipe is not None and (yaml.safe_load(recipe.read_bytes()) or {}).get("adapter") == []

@@ -7,8 +7,7 @@ from pathlib import Path
 from qmerge.errors import InputError
 from qmerge.model.opening import open_model
 from qmerge.progress import Progress, Silent
-from qmerge.reread import REPORT
-from qmerge.results import RunResult
+from qmerge.results import REPORT, RunResult
 from qmerge.verify.files import check_files, check_index, check_report
 from qmerge.verify.findings import Check, Findings, Verification
 from qmerge.verify.loaders import Opened, check_settings, check_tokenizer

@@ -55,8 +55,6 @@ class Findings:
         try:
             yield
         except PlanError as error:
-            self.add(
-                name, "fail", listed((f"{f.where}: {f.message}" for f in error.faults), LISTED)
-            )
+            self.say(name, [f"{fault.where}: {fault.message}" for fault in error.faults], "")
         except QmergeError as error:
             self.add(name, "fail", error.message)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -297,7 +296,7 @@ class _Text:
             for group in groups
         }
         with (
-            nullcontext() if self.job.settings.asymmetric else reduced_precision(),
+            reduced_precision(self.job.settings.reduced),
             calibrating(layer, count_choices(layer, self._forwards(layer, call))),
             before_linears(
                 layer, {name: modules[name] for name in moments}, lambda n, x: moments[n].add(x)
@@ -361,25 +360,13 @@ def _recipe(folder: Path, result: RunResult, against: Against) -> Recipe:
 
 def _check_inputs(recipe: Recipe, result: RunResult, findings: Findings) -> None:
     """The folders given are those that the report names, file by file."""
-    given = {"base": recipe.base, "original": recipe.original}
-    several = len(recipe.adapter) > 1
-    for number, each in enumerate(recipe.adapters(), start=1):
-        given[f"adapter {number}" if several else "adapter"] = each.folder
     wrong = []
-    for role, folder in given.items():
-        if folder is None:
-            continue
-        record = result.inputs.get(role, InputRecord(path=""))
+    for role, folder in recipe.folders().items():
+        said = result.inputs.get(role, InputRecord(path="")).files
         found = folder_record(folder).files
-        names = sorted(
-            n for n in found.keys() | record.files.keys() if _differ(n, found, record.files)
-        )
+        names = sorted(n for n in found.keys() | said.keys() if found.get(n) != said.get(n))
         wrong += [f"{role}: {name} is not what the report says" for name in names]
     findings.say("inputs", wrong, "base and adapter are those that the report names")
-
-
-def _differ(name: str, first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    return first.get(name) != second.get(name)
 
 
 def _job(recipe: Recipe) -> tuple[Job, str | None]:
