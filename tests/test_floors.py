@@ -128,7 +128,10 @@ FILES = {
     ),
     "stages": ("substitute", "evaluate", "merge", "remedies", "requantize", "head"),
     "report": (
-        "words",
+        "figures",
+        "verdict",
+        "lines",
+        "glossary",
         "text",
         "json",
         "markdown",

@@ -36,7 +36,7 @@ def write_dense(recipe: Recipe, dtype: Dtype | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(written, indent=2))
         return
-    from qmerge.report.words import size
+    from qmerge.report.figures import size
 
     merged = f"{len(written['merged'])} merged, " if written["merged"] else ""
     click.echo(

@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qmerge.report.figures import DASH, change_phrase, corpora, heading, printable, rows
+from qmerge.report.lines import findings, gate_lines, pressing
 from qmerge.report.markdown import coded, doubted, escape, grid, summary
 from qmerge.report.text import render, render_comparison, table
-from qmerge.report.words import (
-    DASH,
-    change_phrase,
-    corpora,
-    findings,
-    gate_lines,
-    heading,
-    pressing,
-    printable,
-    rows,
-    verdict,
-)
+from qmerge.report.verdict import verdict
 from qmerge.results import FINITE, Comparison, CorpusComparison, GateVerdict, RunResult
 
 

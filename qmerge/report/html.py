@@ -14,36 +14,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qmerge.report import plots
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     STATISTICS,
     Figures,
     Row,
     change_cell,
     corpora,
-    doubts,
     duration,
-    error_ratio_phrase,
-    findings,
     heading,
     kl_figure,
-    legend,
-    linears,
-    merge_lines,
-    pieces_of,
-    previous_lines,
     printable,
     rows,
     share_cell,
     size,
     statistics,
-    strategy_told,
     subject_score,
-    survival_phrase,
-    verdict,
-    warnings,
-    words,
 )
+from qmerge.report.glossary import legend, words
+from qmerge.report.lines import (
+    doubts,
+    error_ratio_phrase,
+    findings,
+    linears,
+    merge_lines,
+    pieces_of,
+    previous_lines,
+    strategy_told,
+    survival_phrase,
+    warnings,
+)
+from qmerge.report.verdict import verdict
 from qmerge.results import LinearResult, Piece, RunResult, Survival, WorstWindow
 
 # Per cent of colour behind the token that suffered most: text on it is still readable.

@@ -5,30 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     STATISTICS,
     corpora,
-    doubts,
     duration,
-    error_ratio_phrase,
-    findings,
-    gate_lines,
     heading,
-    legend,
-    merge_lines,
-    pieces_of,
-    previous_lines,
     printable,
     rows,
     size,
     statistics,
+)
+from qmerge.report.glossary import legend, words
+from qmerge.report.lines import (
+    doubts,
+    error_ratio_phrase,
+    findings,
+    gate_lines,
+    merge_lines,
+    pieces_of,
+    previous_lines,
     strategy_told,
     survival_phrase,
-    verdict,
     warnings,
-    words,
 )
+from qmerge.report.verdict import verdict
 from qmerge.results import RunResult
 
 NUMBER = r"[+-]?[\d.]+(e[+-]?\d+)?"

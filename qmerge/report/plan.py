@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qmerge.names import listed
-from qmerge.report.words import NAMED, duration, size
+from qmerge.report.figures import duration, size
+from qmerge.report.lines import NAMED
 from qmerge.results import PlannedUnit, PlanSummary
 
 HEAD = ("unit", "quantized", "dense", "adapted", "in", "out")

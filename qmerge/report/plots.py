@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from qmerge.report.words import corpora, label, projection
+from qmerge.report.figures import corpora, label
+from qmerge.report.lines import projection
 from qmerge.results import Change, LinearResult, RunResult
 
 # A stand-in for each CSS variable of the page: any colours that nothing else in a plot has.

@@ -5,27 +5,29 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     Cell,
     Row,
     change_phrase,
     corpora,
+    heading,
+    printable,
+    rows,
+)
+from qmerge.report.lines import (
     doubts,
     error_ratio_phrase,
     findings,
     gate_lines,
-    heading,
     merge_lines,
     pressing,
     previous_lines,
-    printable,
-    rows,
     strategy_told,
     survival_phrase,
-    verdict,
     warnings,
 )
+from qmerge.report.verdict import verdict
 from qmerge.results import Comparison, RunResult
 
 WIDTH = 100
