@@ -19,14 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.corpus import (
-    Corpus,
-    Role,
-    from_messages,
-    jsonl_rows,
-    split_column,
-    usual_column,
-)
+from qmerge.corpus import Corpus, Role
+from qmerge.documents import from_messages, jsonl_rows, split_column, usual_column
 from qmerge.errors import CorpusError
 
 COLUMNS = ("image", "images")

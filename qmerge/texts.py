@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, check_spec, load_corpus, overlap
+from qmerge.corpus import Corpus, load_corpus, overlap
+from qmerge.documents import check_spec
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults

@@ -10,15 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge import corpus as corpus_module
-from qmerge.corpus import (
-    Corpus,
-    Role,
-    load_corpus,
-    overlap,
-    read_text_recipe,
-    text_recipes,
-)
+from qmerge import documents
+from qmerge.corpus import Corpus, Role, load_corpus, overlap
+from qmerge.documents import read_text_recipe, text_recipes
 from qmerge.errors import CorpusError
 
 S = 16  # tokens in a window
@@ -368,7 +362,7 @@ def test_every_recipe_is_complete_and_has_its_own_evaluation_part() -> None:
 def test_recipes_are_found_in_a_wheel_before_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "__file__", str(tmp_path / "qmerge" / "corpus.py"))
+    monkeypatch.setattr(documents, "__file__", str(tmp_path / "qmerge" / "documents.py"))
     for folder, name in (("calibration", "foreign"), ("qmerge/calibration", "own")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / f"{name}.yaml").touch()
@@ -386,7 +380,7 @@ def test_the_offline_recipe_works_and_keeps_its_parts_apart(tokenizer: Any) -> N
     assert evaluation.licence == "PSF-2.0"
     assert overlap(calibration, evaluation, width=128) == 0.0
     paragraphs = [
-        {" ".join(paragraph.split()) for text in corpus_module._pydoc(part) for paragraph in
+        {" ".join(paragraph.split()) for text in documents._pydoc(part) for paragraph in
          text.split("\n\n")}
         for part in ("calibration", "evaluation")
     ]  # fmt: skip

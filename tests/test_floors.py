@@ -35,7 +35,7 @@ FLOORS = (
     Floor(name="bytes", modules=("storage", "heap", "precision")),
     Floor(name="tensors", modules=("formats", "adapters", "gptq")),
     Floor(name="measures", modules=("measure",)),
-    Floor(name="models", modules=("corpus", "model")),
+    Floor(name="models", modules=("documents", "corpus", "model"), ladder=True),
     Floor(
         name="intent",
         modules=(

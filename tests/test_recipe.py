@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmerge.corpus import split_column
+from qmerge.documents import split_column
 from qmerge.errors import RecipeError
 from qmerge.options import build, options
 from qmerge.recipe import EvaluateRecipe, Recipe
