@@ -20,9 +20,10 @@ from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
 from qmerge.measure import check_limits, limits_of, score_arms, too_few_windows
 from qmerge.meter import Meter, peak_rss
-from qmerge.model.frame import Frame, probe
+from qmerge.model.frame import Frame
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model, told
+from qmerge.model.probe import probe
 from qmerge.model.reshape import Shape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.streams import Stream, Streams, batches

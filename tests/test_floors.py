@@ -121,6 +121,7 @@ FILES = {
         "paused",
         "residual",
         "frame",
+        "probe",
         "weights",
         "opening",
         "reshape",
