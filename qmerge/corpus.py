@@ -98,7 +98,7 @@ def _sha256_of_text(text: str, spec: str) -> str:
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """int64 [T] of the whole text, which is longer than any model takes: hence `verbose`."""
+    """int64 [T] of the whole text; `verbose` would warn that it is longer than the model takes."""
     encode: Callable[..., Any] = tokenizer
     ids: list[int] = encode(text, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -328,7 +328,7 @@ def _named_drift(layer: LayerResult, names: Mapping[str, str]) -> LayerResult:
 
 
 def _arm_names(job: Job, chosen: str) -> dict[str, str]:
-    """What the report calls the reference and the arms of the strategy that is published."""
+    """Names in the report for the reference and for the arms of the published strategy."""
     told = REFERENCE if job.change is not None else DENSE
     return {REFERENCE: told, merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
 

@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _once(faults: Iterable[Fault]) -> tuple[Fault, ...]:
-    """Each where it was met first: a pattern that is none is in the way of several checks."""
+    """Each where it was met first: several checks meet the same broken pattern."""
     first: dict[tuple[str, str | None], Fault] = {}
     for fault in faults:
         first.setdefault((fault.message, fault.hint), fault)

@@ -66,7 +66,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 def _survival_limit(
     help: str = "Lowest survival of the adapter over the whole model.",
 ) -> Any:
-    """Of the jobs that know how much of an adapter was left."""
+    """The option of those jobs that know how much of an adapter is left."""
     return option(None, SURVIVAL, "Gate", help, unset="no limit")
 
 
@@ -357,7 +357,7 @@ class Recipe(Scoring):
         return super().faults() + tuple(self._unreadable())
 
     def _unreadable(self) -> Iterator[Fault]:
-        """Overrides that say nothing, and patterns that are none."""
+        """Overrides and patterns that cannot be read."""
         given = {"--only": self.only, "--except": self.exclude, "--override": self.override}
         for flag, texts in given.items():
             for text in texts:

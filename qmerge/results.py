@@ -184,7 +184,7 @@ class LinearResult:
     damping: float | None = None
     fallback: str | None = None
     tokens: int | None = None
-    """Of an expert: how many calibration tokens chose it."""
+    """How many calibration tokens chose it, where it is an expert's."""
     survival: Survival | None = None
 
 
@@ -496,7 +496,7 @@ class PlanSummary:
     disk_bytes: int = 0
     memory_bytes: int = 0
     device_bytes: int = 0
-    """Of `device`, where that is not the host."""
+    """Memory of `device`, where that is not the host."""
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
     """By parts of the work that is left, named as the timings of a run are."""

@@ -111,7 +111,7 @@ def weighted(text: str) -> WeightedAdapter:
 
 
 def override(text: str) -> Override:
-    """RecipeError for a text that says nothing."""
+    """RecipeError for a text that is not PATTERN=SETTINGS."""
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise RecipeError(

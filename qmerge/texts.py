@@ -70,7 +70,7 @@ def has_tokenizer(folder: Path, *, trust_remote_code: bool) -> bool:
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
-    """What makes of images and text what the model takes; `CorpusError` where there is none."""
+    """Turns images and text into the inputs of the model; `CorpusError` where a folder has none."""
     from transformers import AutoProcessor
 
     hint = "the folder needs the processor files that came with the model"
@@ -185,7 +185,7 @@ def check_texts(scoring: Scoring, faults: Faults) -> None:
 
 
 def check_calibration(spec: str) -> None:
-    """The same of calibration text; what rows with images lack, their processor says."""
+    """As `check_texts`, of calibration text; rows with images are left to their processor."""
     if image_rows(spec) is None:
         check_spec(spec)
 
@@ -199,7 +199,7 @@ def _refuse_images(spec: str) -> None:
 
 
 def overlap_notes(calibration: Corpus, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
-    """How much of what will be scored the quantizer sees before."""
+    """How much of the evaluation text the quantizer sees in calibration."""
     for corpus in evaluation:
         if share := overlap(calibration, corpus):
             yield (

@@ -184,7 +184,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
 
 
 def whole_fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
-    """The same with the digests of all files that go in."""
+    """`fingerprint`, with the digests of all files that go in."""
     return fingerprint(job) | {"inputs": {role: dict(each.files) for role, each in inputs.items()}}
 
 

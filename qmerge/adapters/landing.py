@@ -188,7 +188,7 @@ def wrong_values(
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], path: str) -> list[Fault]:
-    """Of the tensors as they are saved: PEFT makes infinities of some (VB-LoRA's logits)."""
+    """Judged as they are saved: PEFT itself makes infinities of some (VB-LoRA's logits)."""
     found = (name for name, t in tensors.items() if not bool(torch.isfinite(t).all()))
     return of_kind(path, found, NOT_FINITE)
 

@@ -71,7 +71,7 @@ class Overlay:
     def fill(
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
     ) -> None:
-        """Put base weights into a live module, or the trained ones where there are such."""
+        """Put base weights into a live module, or the trained ones in their place."""
         unit.put(module, tensors, self.values, taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ class Overlay:
         return unit.plain_tensors(module)
 
     def row_merger(self, parameter: str) -> MergeRows | None:
-        """Of no use where a whole parameter is at hand."""
+        """None: the whole parameter is at hand."""
         return None
 
 

@@ -208,7 +208,7 @@ def open_adapter(path: str | Path) -> Adapter:
 
 
 def _whatever(folder: Path) -> dict[str, TensorInfo]:
-    """What there is of an adapter that cannot be merged anyway."""
+    """Headers of an adapter that will be refused; nothing where its file cannot be read."""
     try:
         return read_headers(weights_file(folder))
     except AdapterError:

@@ -14,7 +14,7 @@ from qmerge.recipe import Recipe
 
 GIVEN = ("base", "adapter", "out", "original", "strategy", "force")
 OF_ADAPTERS = (*MERGING, "unit_survival", "min_survival")
-"""What is about an adapter, and here there is none."""
+"""Options that are about an adapter; here is no adapter."""
 
 
 @click.command("quantize", cls=Command)

@@ -68,12 +68,12 @@ class StoredWeight:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of the stored tensor where it is dense, else the 16-bit dtype it stands for."""
+    """What the tensor is stored in where it is dense, else the 16-bit dtype it stands for."""
     quantized: bool
     sources: tuple[str, ...]
     """The stored tensors it is decoded from."""
     bits: int | None = None
-    """Of a code; None where it is not quantized."""
+    """Bits of a code; None where it is not quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,8 +329,8 @@ def _summary(
 
 
 def served_together(group: Iterable[str]) -> list[list[str]]:
-    """What servers fuse of linears that read the same input: those of one module, and where it is
-    known what vLLM makes of them, those of one such."""
+    """Which linears of a `group` that reads the same input servers fuse: those of one module, and
+    of these, where vLLM's name for the fused linear is known, those under one name."""
     fused: dict[tuple[str, str | None], list[str]] = {}
     for name in group:
         parent, _, own = name.rpartition(".")

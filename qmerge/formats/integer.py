@@ -101,7 +101,7 @@ class IntegerWeight(IntegerGrid):
         )
 
     def to(self, device: torch.device | str) -> IntegerWeight:
-        """The same on a device."""
+        """A copy on a device."""
         tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
@@ -113,7 +113,8 @@ class IntegerWeight(IntegerGrid):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWeight(IntegerGrid):
-    """The same, unpacked some rows at a time: what lies between stays in cache."""
+    """A weight on an integer grid whose codes are unpacked some rows at a time, so that what lies
+    between stays in cache."""
 
     shape: tuple[int, int]
     codes: Callable[[slice], Tensor]

@@ -65,8 +65,8 @@ def survival_of(
     codes_OI: Tensor | None = None,
     base_codes_OI: Tensor | None = None,
 ) -> Survival:
-    """The same from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for the update D
-    and what the release has of it, E."""
+    """As `linear_survival`, from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for
+    the update D and what the release has of it, E."""
     if torch.equal(base_OI, merged_OI):
         return Survival()
     squares = sum(

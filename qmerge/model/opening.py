@@ -76,7 +76,8 @@ def told(skeleton: Skeleton, weights: Weights) -> tuple[str, ...]:
 
 
 def _is_left_out(form: Format, head: str) -> bool:
-    """Whether a head that is stored beside the embedding it is tied to is none to its runtime."""
+    """Whether the format's runtime does not load a head that is stored beside the embedding it is
+    tied to."""
     return form.weights[head].quantized and form.summary.method in LEAVES_PACKED_HEADS
 
 

@@ -23,7 +23,7 @@ from qmerge.names import under
 LAYERS, TOKENS, VOCABULARY = 2, 12, 512
 """How large a model is tried, where it needs no more layers to have one of every kind."""
 TOLERANCE = 1e-4
-"""Of the largest logit."""
+"""How far logits may differ, as a share of the largest."""
 STATE_HINT = "this architecture keeps state between its layers that qmerge does not carry"
 TOKENS_HINT = (
     "this architecture gives its layers more of the tokens than the hidden states, which qmerge"

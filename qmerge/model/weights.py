@@ -120,7 +120,7 @@ class Weights:
         return self.format.weights[self.names.stored[parameter]].quantized
 
     def bits(self, parameter: str) -> int | None:
-        """Of the codes that the parameter is stored in; None where it is dense."""
+        """Bits of the codes that the parameter is stored in; None where it is dense."""
         return self.format.weights[self.names.stored[parameter]].bits
 
     def shape(self, parameter: str) -> tuple[int, ...]:

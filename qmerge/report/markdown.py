@@ -58,7 +58,7 @@ def render(result: RunResult) -> str:
 
 
 def doubted(result: RunResult) -> str:
-    """What stands against the verdict as a whole."""
+    """Warnings that question the reference itself, and with it the verdict."""
     return "\n\n".join(f"Warning: {escape(line)}" for line in doubts(result))
 
 
@@ -128,7 +128,7 @@ def escape(text: str) -> str:
 
 
 def coded(text: str, result: RunResult) -> str:
-    """The same with what is to be pasted as code, where nothing is escaped."""
+    """Escaped text, with what is to be pasted as code, in which nothing is escaped."""
     pieces = pieces_of(text, [remedy.option for remedy in result.remedies])
     return "".join(f"`{piece}`" if code else escape(piece) for piece, code in pieces)
 

@@ -304,7 +304,7 @@ def survival_map(result: RunResult) -> tuple[float, float, Draw]:
 
 
 def ratio_map(result: RunResult) -> tuple[float, float, Draw]:
-    """The same of the base's quantization error over the adapter's effect."""
+    """As `survival_map`, of the base's quantization error over the adapter's effect."""
     cells: dict[tuple[str, int], float] = {}
     for name, column, linear in _places(result):
         ratio = linear.survival.error_ratio if linear.survival else None
@@ -315,7 +315,8 @@ def ratio_map(result: RunResult) -> tuple[float, float, Draw]:
 
 
 def error_map(result: RunResult) -> tuple[float, float, Draw]:
-    """The same of each linear's output error over the median of its like in other layers."""
+    """As `survival_map`, of each linear's output error over the median of its like in other
+    layers."""
     errors: dict[tuple[str, int], float] = {}
     for name, column, linear in _places(result):
         if linear.error is not None:

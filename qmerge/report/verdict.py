@@ -73,7 +73,7 @@ def _opinion(result: RunResult, score: ArmScore) -> tuple[str, str]:
 
 
 def _increase(change: Change) -> float:
-    """Of perplexity; one within noise is none."""
+    """What perplexity rose by; a rise within noise is none."""
     low = change.ci95[0] if change.ci95 else change.ratio
     return change.ratio - 1 if low > 1 else 0.0
 

@@ -45,9 +45,9 @@ ALIKE = 0.25
 """Least cosine of a packed weight with the merged one, none where they have nothing in common.
 With 2 bits and corrections of what earlier layers lost, a tiny model's worst linear has 0.5."""
 CANCELLED = 2.0**-20
-"""Of a merged weight's largest value: what is left where float32 cancels depends on the order of
-sums. In another order they differ by up to 2^-22 of it (2048 x 2048, rank 16), and some 10 values
-in 4 million by more than an ulp of bf16."""
+"""Share of a merged weight's largest value: what is left where float32 cancels depends on the order
+of sums. In another order they differ by up to 2^-22 of it (2048 x 2048, rank 16), and some 10
+values in 4 million by more than an ulp of bf16."""
 TEXT = "calibration"
 CALIBRATION = "--calibration"
 """Where a plan tells faults of the calibration text."""
@@ -204,7 +204,7 @@ class Proof:
                 self.wrong["error"].append(full)
 
     def _head(self, name: str, merged: Weights, second: Hessian | None) -> None:
-        """The same of a packed head, whose rows are too many to look at at once."""
+        """As `_survival`, of a packed head, which has too many rows to be looked at as a whole."""
         parameter, said = name + WEIGHT, self.reported.get(name)
         packed = self.release.is_quantized(parameter)
         grid = self.release.integer(parameter) if packed else None
