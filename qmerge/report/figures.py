@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from qmerge.results import ArmScore, Change, CorpusRecord, Estimate, RunResult
+from qmerge.results import ArmScore, Change, Estimate, RunResult
 
 COLUMNS = ("perplexity", "change", "KL", "same top token")
 STATISTICS = (
@@ -118,11 +118,13 @@ def corpora(result: RunResult) -> list[str]:
     return sorted(names, key=lambda n: n not in known or known[n].role != "in_domain")
 
 
-def heading(name: str, record: CorpusRecord | None) -> str:
+def heading(result: RunResult, corpus: str) -> str:
+    """A corpus with its role and size, as far as the report has them."""
+    record = result.corpora.evaluation.get(corpus)
     if record is None:
-        return name
+        return corpus
     role = record.role.replace("_", "-")
-    parts = [name, role, f"{record.windows} × {record.sequence_length} tokens"]
+    parts = [corpus, role, f"{record.windows} × {record.sequence_length} tokens"]
     return " · ".join(dict.fromkeys(parts))
 
 

@@ -53,6 +53,31 @@ STRONGEST = 70
 PHONE = 68
 # Layers for which a plot by depth needs no more than the usual width.
 FEW_LAYERS = 12
+MAPS = (
+    (
+        "survival",
+        "Adapter survival",
+        plots.survival_map,
+        "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
+        " adapter changes nothing.",
+    ),
+    (
+        "ratio",
+        "Error of the base against adapter",
+        plots.ratio_map,
+        "The error that quantizing put into the base over the adapter's effect, on the calibration"
+        " text. Where it is large, the original is another model than the one the adapter was"
+        " trained on.",
+    ),
+    (
+        "error",
+        "Quantization error",
+        plots.error_map,
+        "Relative output error of each linear on the calibration text, over the median of the same"
+        " projection in all layers. Far above 1 is a layer that hurts.",
+    ),
+)
+"""Maps of layers and projections: name, title, drawing and caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +143,6 @@ def render(result: RunResult) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(size=size, duration=duration)
-    known = result.corpora.evaluation
     page = environment.get_template("page.html.j2")
     text = page.render(
         result=result,
@@ -131,9 +155,7 @@ def render(result: RunResult) -> str:
         warnings=[_coded(line, result) for line in warnings(result)],
         columns=COLUMNS,
         tables=[
-            Table(
-                title=heading(c, known.get(c)), rows=rows(result, c), figures=statistics(result, c)
-            )
+            Table(title=heading(result, c), rows=rows(result, c), figures=statistics(result, c))
             for c in corpora(result)
         ],
         statistics=STATISTICS,
@@ -270,36 +292,11 @@ def _depth(result: RunResult, layers: int) -> Picture:
 
 def _maps(result: RunResult) -> list[Picture]:
     found = []
-    measured = [*linears(result)]
-    if any(x.survival and x.survival.survival is not None for x in measured):
-        width, height, draw = plots.survival_map(result)
-        caption = (
-            "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
-            " adapter changes nothing."
-        )
-        svg = Markup(plots.picture("survival", height, draw, width))
-        found.append(Picture(title="Adapter survival", caption=caption, svg=svg, inches=width))
-    if any(x.survival and x.survival.error_ratio is not None for x in measured):
-        width, height, draw = plots.ratio_map(result)
-        caption = (
-            "The error that quantizing put into the base over the adapter's effect, on the"
-            " calibration text. Where it is large, the original is another model than the one the"
-            " adapter was trained on."
-        )
-        svg = Markup(plots.picture("ratio", height, draw, width))
-        found.append(
-            Picture(
-                title="Error of the base against adapter", caption=caption, svg=svg, inches=width
-            )
-        )
-    if any(x.error is not None for x in measured):
-        width, height, draw = plots.error_map(result)
-        caption = (
-            "Relative output error of each linear on the calibration text, over the median of the"
-            " same projection in all layers. Far above 1 is a layer that hurts."
-        )
-        svg = Markup(plots.picture("error", height, draw, width))
-        found.append(Picture(title="Quantization error", caption=caption, svg=svg, inches=width))
+    for name, title, drawn, caption in MAPS:
+        if (made := drawn(result)) is not None:
+            width, height, draw = made
+            svg = Markup(plots.picture(name, height, draw, width))
+            found.append(Picture(title=title, caption=caption, svg=svg, inches=width))
     return found
 
 

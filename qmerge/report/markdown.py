@@ -66,12 +66,13 @@ def summary(result: RunResult) -> str:
     """The arms' tables with survival, strategy and gate: what the card shows too."""
     blocks = []
     for corpus in corpora(result):
-        title = heading(corpus, result.corpora.evaluation.get(corpus))
         body = [
             [row.label, *(str(cell) for cell in row.cells), row.note]
             for row in rows(result, corpus)
         ]
-        blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *COLUMNS, "note"], body))
+        blocks.append(
+            f"### {escape(heading(result, corpus))}\n\n" + grid(["arm", *COLUMNS, "note"], body)
+        )
     if result.survival is not None:
         blocks.append(f"Adapter: {escape(survival_phrase(result.survival))}.")
     ratio = error_ratio_phrase(result)
@@ -93,8 +94,8 @@ def _all_figures(result: RunResult) -> str:
     for corpus in corpora(result):
         body = [[row.label, *row.values] for row in statistics(result, corpus)]
         if body:
-            title = heading(corpus, result.corpora.evaluation.get(corpus))
-            blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *STATISTICS], body))
+            title = escape(heading(result, corpus))
+            blocks.append(f"### {title}\n\n" + grid(["arm", *STATISTICS], body))
     return "\n\n".join(blocks) if len(blocks) > 1 else ""
 
 

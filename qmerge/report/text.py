@@ -43,9 +43,7 @@ def render(result: RunResult) -> str:
     lines = findings(result)
     if lines:
         blocks.append("\n".join(_wrapped(line, options) for line in lines))
-    for corpus in corpora(result):
-        title = heading(corpus, result.corpora.evaluation.get(corpus))
-        blocks.append("\n".join([title, *table(rows(result, corpus))]))
+    blocks += tables(result)
     blocks.append("\n".join(_facts(result)))
     others = [line for line in warnings(result) if line in pressing(result)]
     blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in others))
@@ -97,7 +95,15 @@ def _facts(result: RunResult) -> list[str]:
     return facts
 
 
-def table(found: list[Row]) -> list[str]:
+def tables(result: RunResult) -> list[str]:
+    """The arms' table of each corpus, under its heading."""
+    return [
+        "\n".join([heading(result, corpus), *_table(rows(result, corpus))])
+        for corpus in corpora(result)
+    ]
+
+
+def _table(found: list[Row]) -> list[str]:
     """Rows with labels to the left, figures and their errors each aligned to the right."""
     if not found:
         return []
