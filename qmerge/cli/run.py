@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.options import Command, json_option, recipe_options
-from qmerge.cli.outputs import ci_options, finish, log_option
+from qmerge.cli.options import Command, recipe_options
+from qmerge.cli.outputs import Outputs, with_outputs
 from qmerge.cli.progress import display
 from qmerge.errors import RecipeError
 from qmerge.options import made, said
@@ -17,17 +17,8 @@ from qmerge.recipe import Recipe
 @click.command("run", cls=Command)
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @recipe_options(Recipe)
-@log_option
-@ci_options
-@json_option
-def command(
-    recipe: Path | None,
-    as_json: bool,
-    junit: Path | None,
-    github: bool,
-    log_json: Path | None,
-    **flags: object,
-) -> int:
+@with_outputs
+def command(recipe: Path | None, outputs: Outputs, **flags: object) -> int:
     """Merge, requantize, and measure what that cost.
 
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
@@ -42,9 +33,9 @@ def command(
     if given.keys().isdisjoint(("adapter", "partial_state")):
         raise RecipeError("missing: --adapter", hint="`qmerge quantize` is for models without one")
 
-    with display(log_json) as progress:
+    with display(outputs.log_json) as progress:
         from qmerge.pipeline import run
 
         result = run(asked, progress)
 
-    return finish(result, as_json, junit, github)
+    return outputs.finish(result)
