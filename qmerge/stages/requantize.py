@@ -449,15 +449,17 @@ def _base_grid(bases: Sequence[IntegerWeight | None], settings: Settings) -> Gri
     ):
         return None
     index = grids[0].g_idx_I
-    for base in grids[1:]:
-        same = (base.g_idx_I is None) == (index is None)
-        if not same or (index is not None and not torch.equal(index, base.g_idx_I)):  # type: ignore[arg-type]
-            return None
+    if not all(_same(index, base.g_idx_I) for base in grids[1:]):
+        return None
     return Grid(
         scales_OG=torch.cat([base.scales_OG for base in grids]),
         zeros_OG=torch.cat([base.zeros_OG for base in grids]),
         g_idx_I=index,
     )
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def grid_name(anchored: float) -> str:
