@@ -130,7 +130,8 @@ def _torn(
     layers = [path for path in paths if any(name.startswith(f"{path}.") for name, *_ in groups)]
     where = layers[0] if len(layers) == 1 else f"{len(layers)} layers"
     parent, last = module_of(like[0]), "|".join(name.rpartition(".")[2] for name in like)
-    before = "" if len(layers) == len(paths) else f"{module_of(layers[0])}.({_numbers(layers)})."
+    numbers = "|".join(path.rpartition(".")[2] for path in layers)
+    before = "" if len(layers) == len(paths) else f"{module_of(layers[0])}.({numbers})."
     inside = f"{before}{parent}." if parent else before
     pattern = ("" if before else r".*\.") + inside.replace(".", r"\.").replace("*", r"\d+")
     return Fault(
@@ -139,10 +140,6 @@ def _torn(
         hint="let the pattern fit all of them or none, as in"
         f" --override 're:{pattern}({last})={_tearing(recipe, groups[0])}'",
     )
-
-
-def _numbers(layers: list[str]) -> str:
-    return "|".join(path.rpartition(".")[2] for path in layers)
 
 
 def _tearing(recipe: Recipe, names: tuple[str, ...]) -> str:

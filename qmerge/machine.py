@@ -23,7 +23,7 @@ from torch import nn
 
 from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
 from qmerge.measure.tokens import TokenAccumulator
-from qmerge.model.frame import Frame
+from qmerge.model.frame import Frame, GivenWeights
 from qmerge.model.layer import called_bytes as bytes_of_calls
 from qmerge.model.layer import fill, linears, move, run
 from qmerge.model.paused import Held, most_held
@@ -175,7 +175,7 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
     }
     fill(layer, weights)
     layer.to(device)
-    call = move(Frame(skeleton, _Zeros(skeleton)).calls(length), device)[0]
+    call = move(_frame(skeleton).calls(length), device)[0]
     products = sum(tensor.numel() for tensor in weights.values()) * length
     windows = max(1, min(TOKENS_AT_ONCE // length, WORK // products))
     hidden_WSH = torch.randn(windows, length, skeleton.hidden_size, generator=draw).to(device)
@@ -184,7 +184,7 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
 
 def called_bytes(skeleton: Skeleton, length: int) -> int:
     """Bytes of what all layers are called with for a window of text."""
-    return bytes_of_calls(Frame(skeleton, _Zeros(skeleton)).calls(length))
+    return bytes_of_calls(_frame(skeleton).calls(length))
 
 
 def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
@@ -192,7 +192,7 @@ def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
     linears in `stops`: every kind of layer is run on the meta device, without memory. RuntimeError
     where one cannot be run there."""
     meta, most = torch.device("meta"), Held(0, 0)
-    calls = move(Frame(skeleton, _Zeros(skeleton)).calls(length), meta)
+    calls = move(_frame(skeleton).calls(length), meta)
     hidden_1SH = torch.empty(1, length, skeleton.hidden_size, device=meta)
     seen = set()
     for index, call in enumerate(calls):
@@ -206,23 +206,10 @@ def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
     return Held(*(held // length for held in most))
 
 
-class _Zeros:
-    """Zeros for the weights outside the layers: what a layer is called with depends on none."""
-
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._parameters = skeleton.parameters()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return torch.zeros(self._parameters[name].shape)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.zeros(stop - start, *self._parameters[name].shape[1:])
-
-    def row_count(self, name: str) -> int:
-        return int(self._parameters[name].shape[0])
-
-    def holds(self, name: str) -> bool:
-        return name in self._parameters
+def _frame(skeleton: Skeleton) -> Frame:
+    """One with zeros outside the layers: what a layer is called with depends on no weight."""
+    zeros = {name: torch.zeros(()).expand(t.shape) for name, t in skeleton.parameters().items()}
+    return Frame(skeleton, GivenWeights(zeros))
 
 
 def active_weights(skeleton: Skeleton) -> int:

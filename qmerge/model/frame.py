@@ -45,6 +45,25 @@ class OuterWeights(Protocol):
     def holds(self, name: str) -> bool: ...
 
 
+class GivenWeights:
+    """Outer weights that are all at hand, by name."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._state[name][start:stop]
+
+    def row_count(self, name: str) -> int:
+        return self._state[name].shape[0]
+
+    def holds(self, name: str) -> bool:
+        return name in self._state
+
+
 class Frame:
     """One arm's embedding, final norm and head around absent decoder layers."""
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from qmerge.errors import ModelError
 from qmerge.model.experts import opened
-from qmerge.model.frame import ROWS_AT_ONCE, Frame
+from qmerge.model.frame import ROWS_AT_ONCE, Frame, GivenWeights
 from qmerge.model.layer import Call, fill, linears, run, sibling_groups
 from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
 from qmerge.names import under
@@ -45,7 +45,7 @@ def probe(skeleton: Skeleton) -> frozenset[tuple[str, ...]]:
     siblings, hint = set(), STATE_HINT
     try:
         expected = _plain_logits(small, state, ids)
-        frame = Frame(small, _StateWeights(small.turn("", state)))
+        frame = Frame(small, GivenWeights(small.turn("", state)))
         hidden, called = frame.enter(ids)
         calls = frame.calls(TOKENS)
         hint = TOKENS_HINT if _differ(called, calls, len(ids)) else STATE_HINT
@@ -154,22 +154,3 @@ def _layers_of_every_kind(skeleton: Skeleton) -> int:
         make = frozenset((name, tensor.shape) for name, tensor in layer.state_dict().items())
         seen.setdefault(make, index + 1)
     return max(seen.values())
-
-
-class _StateWeights:
-    """Outer weights from a state dictionary."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._state = state
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._state[name]
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._state[name][start:stop]
-
-    def row_count(self, name: str) -> int:
-        return self._state[name].shape[0]
-
-    def holds(self, name: str) -> bool:
-        return name in self._state

@@ -18,7 +18,7 @@ import torch
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import InputError, QmergeError
 from qmerge.names import listed
-from qmerge.results import CorpusRecord, RunResult
+from qmerge.results import RunResult
 from qmerge.texts import load_tokenizer
 from qmerge.verify.findings import LISTED, Findings
 from qmerge.verify.loaders import Opened
@@ -129,7 +129,7 @@ def text_at_hand(
         except QmergeError as error:
             findings.add(f"perplexity-{name}", "skip", f"the text is not at hand: {error.message}")
             continue
-        if is_same_text(corpus, record):
+        if corpus.sha256 == record.sha256:
             found.append(corpus)
         else:
             text = (
@@ -137,10 +137,6 @@ def text_at_hand(
             )
             findings.add(f"perplexity-{name}", "skip", text)
     return found
-
-
-def is_same_text(corpus: Corpus, record: CorpusRecord) -> bool:
-    return corpus.sha256 == record.sha256
 
 
 def _compare(name: str, windows: list[float], result: RunResult, findings: Findings) -> None:
