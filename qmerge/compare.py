@@ -11,8 +11,8 @@ from qmerge.measure import FEWEST_WINDOWS, check_limits, compare_results, limits
 from qmerge.options import options
 from qmerge.progress import Progress
 from qmerge.recipe import CompareRecipe
-from qmerge.reread import REPORT, read_report
-from qmerge.results import Comparison, RunResult
+from qmerge.reread import read_report
+from qmerge.results import REPORT, Comparison, RunResult
 
 OLD, NEW = "old", "new"
 

@@ -17,7 +17,7 @@ import torch
 from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
-from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial
+from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial_folder
 from qmerge.measure.gate import limits_of, told_limits
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
@@ -35,7 +35,7 @@ PAPERS_SECONDS = 3.0
 BESIDE = 128 << 20
 """Bytes that a run of any size takes: what the allocator keeps, digests, the report's plots."""
 WALKED = ("dequantize", "evaluate", "requantize", "write")
-"""Parts of the time that layer after layer takes."""
+"""Parts of the time that grow with the layers walked."""
 DECODING = 20
 """Passes over a weight that decoding and merging it take."""
 
@@ -138,7 +138,7 @@ def summarize(
 
 def _goes_on(job: Job, done: Collection[str]) -> str:
     units = len(job.skeleton.units())
-    where = partial(job.recipe.out)
+    where = partial_folder(job.recipe.out)
     return f"goes on from {where}: {len(done)} of {units} units are done" if done else ""
 
 
@@ -202,7 +202,7 @@ def memory_bytes(job: Job) -> int:
 
 
 def memory_notes(job: Job) -> Iterator[str]:
-    """Where a run in its smallest pieces takes more than it was told to plan for."""
+    """A note where even the smallest pieces take more memory than was to be planned for."""
     needed = memory_bytes(job)
     if needed > job.recipe.memory:
         yield (
@@ -220,8 +220,8 @@ def _scoring_bytes(job: Job) -> int:
 
 
 def _seen_bytes(job: Job) -> int:
-    """Of images, for as long as the run takes: what the processor made of them, and what each
-    stream's layers are called with for each window, which for text alone is the same for all."""
+    """Bytes that images take throughout the run: what the processor made of them, and what the
+    layers of each stream are called with, window by window; for text alone all are called alike."""
     inputs = job.calibration.inputs
     if not inputs:
         return 0
@@ -232,7 +232,7 @@ def _seen_bytes(job: Job) -> int:
 
 
 def _tower_bytes(job: Job) -> int:
-    """Of the tower, which is in memory while it looks at images, before the first layer."""
+    """Bytes of the vision tower, which is in memory until the first layer begins."""
     if not job.calibration.inputs:
         return 0
     parameters = job.skeleton.parameters()
@@ -243,7 +243,7 @@ def room_faults(job: Job) -> list[Fault]:
     """Disk and memory that this machine does not have. What a stopped run left is used again."""
     faults = []
     out, needed, memory = job.recipe.out, disk_bytes(job), memory_bytes(job)
-    left, free = _bytes_in(partial(out)), machine.disk_free(out)
+    left, free = _bytes_in(partial_folder(out)), machine.disk_free(out)
     if free + left < needed:
         faults.append(
             Fault(
@@ -267,7 +267,7 @@ def room_faults(job: Job) -> list[Fault]:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Of a folder's files; another run may be at work in it."""
+    """Bytes of a folder's files, some of which another run may be removing."""
     found = 0
     for file in folder.rglob("*"):
         with suppress(OSError):
@@ -319,8 +319,8 @@ def _whole_seconds(job: Job) -> dict[str, float]:
 
 
 def _reduced(job: Job) -> float:
-    """What calibration without a reference takes of its time in float32."""
-    if job.settings.asymmetric:
+    """What calibration takes of its time in float32."""
+    if not job.settings.reduced:
         return 1.0
     return machine.reduced_seconds(job.device) / machine.product_seconds(job.device)
 
@@ -352,8 +352,8 @@ def _groups(job: Job) -> list[tuple[int, int]]:
 
 
 def _passes(job: Job) -> float:
-    """Forwards of a layer on calibration text: one, and where none may wait about half of one up to
-    each of some four groups of linears."""
+    """Forwards of a layer on calibration text: one where forwards may wait; else each of some four
+    groups of linears takes another, half-way on average."""
     return 1.0 if job.waiting else 3.0
 
 

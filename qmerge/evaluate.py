@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from qmerge.errors import Fault, InputError, PlanError
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, pick_device
 from qmerge.measure import check_limits, limits_of, score_arms, too_few_windows
-from qmerge.meter import Meter
-from qmerge.model.frame import Frame, probe
+from qmerge.meter import Meter, peak_rss
+from qmerge.model.frame import Frame
 from qmerge.model.layer import move
 from qmerge.model.opening import open_model, told
+from qmerge.model.probe import probe
 from qmerge.model.reshape import Shape, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.streams import Stream, Streams, batches
@@ -30,10 +31,11 @@ from qmerge.model.weights import Weights
 from qmerge.names import Unit
 from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
-from qmerge.provenance import corpus_record, folder_record, peak_rss, plain_recipe, versions
-from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
-from qmerge.reread import REPORT, read_report
-from qmerge.results import Corpora, InputRecord, RunResult, Survival
+from qmerge.provenance import corpus_record, folder_record, plain_recipe, versions
+from qmerge.recipe import EvaluateRecipe, Recipe
+from qmerge.reread import read_report
+from qmerge.results import REPORT, Corpora, InputRecord, RunResult, Survival
+from qmerge.specs import Contestant
 from qmerge.stages.evaluate import advance, score
 from qmerge.stages.merge import live_layer, outer_weights
 from qmerge.texts import (
@@ -148,7 +150,7 @@ def _open(
     with faults.at("--device"):
         device = pick_device(recipe.device)
     models: list[Model] = []
-    for asked in _asked(recipe):
+    for asked in recipe.contestants():
         with faults.at(asked.name):
             models.append(_open_model(asked, recipe, faults))
     corpora: tuple[Corpus, ...] = ()
@@ -164,22 +166,6 @@ def _open(
     if faults.found:
         raise PlanError(faults.found)
     return models, corpora, device
-
-
-def _asked(recipe: EvaluateRecipe) -> Iterator[Contestant]:
-    """The checkpoints as asked for; a folder whose name is all of a text is that folder, whatever
-    signs are in it, and so is one whose name is all behind NAME=."""
-    for text, asked in zip(recipe.models, recipe.contestants(), strict=True):
-        whole = [Path(name) for name in (text, text.removeprefix(f"{asked.name}="))]
-        folder = next((path for path in whole if _is_folder(path)), None)
-        yield replace(asked, folder=folder, adapter=None) if folder else asked
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long, a folder that may not be read
-        return False
 
 
 def _open_model(asked: Contestant, recipe: EvaluateRecipe, faults: Faults) -> Model:

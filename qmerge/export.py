@@ -23,8 +23,7 @@ from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.formats.stacked import Stack
 from qmerge.heap import give_back
-from qmerge.job import Faults
-from qmerge.job import partial as partial_folder
+from qmerge.job import Faults, partial_folder
 from qmerge.model.opening import fused_only, open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
@@ -32,7 +31,7 @@ from qmerge.model.weights import Weights, model_dtype
 from qmerge.names import Unit
 from qmerge.plan import as_trained
 from qmerge.progress import Progress, Silent
-from qmerge.recipe import Recipe
+from qmerge.recipe import Dtype, Recipe
 from qmerge.release import side_files_of
 from qmerge.stages.merge import merge_module
 from qmerge.storage.shards import (
@@ -50,11 +49,10 @@ MERGED_AT_ONCE = 1 << 19
 """Elements that are merged at a time where rows are merged one by one: what stays in cache."""
 CHECKED_AT_ONCE = 1 << 18
 """Elements that are looked at and then written, while they are in cache."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(
-    recipe: Recipe, *, dtype: str | None = None, progress: Progress | None = None
+    recipe: Recipe, *, dtype: Dtype | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write the recipe's base, decoded and with its adapters merged in float32, as a dense
     checkpoint at its `out`. Nothing else of the recipe is looked at.
@@ -68,7 +66,7 @@ def export(
         raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
     source = _open(recipe)
     weights, change = source.weights, source.change
-    target = DTYPES[dtype] if dtype else model_dtype(weights.checkpoint.config)
+    target = getattr(torch, dtype) if dtype else model_dtype(weights.checkpoint.config)
     units = source.skeleton.units()
     with _staged(recipe.out) as folder:
         progress.stage("write", len(units))

@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from qmerge.errors import Fault
-from qmerge.formats.gptq import SERVED_AS
-from qmerge.formats.writing import OutputFormat
+from qmerge.formats.gptq import served_together
 from qmerge.gptq import GridSpec
 from qmerge.job import Faults
 from qmerge.model.experts import blocks_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.names import WEIGHT, join, matches, module_of
-from qmerge.recipe import Recipe
+from qmerge.recipe import OutputFormat, Recipe
 from qmerge.results import LEFT_BESIDE
 
 SERVED_GROUPS = (-1, 32, 64, 128)
@@ -82,7 +81,7 @@ def torn(
     paths = [skeleton.layer_path(index) for index in range(skeleton.layer_count)]
     for path in paths:
         for group in sorted(siblings):
-            for fused in _fused(group):
+            for fused in served_together(group):
                 names = tuple(join(path, name) for name in fused)
                 if len({specs.get(name) for name in names if name in targets}) > 1:
                     like = tuple(NUMBERED.sub("*", name) for name in fused)
@@ -114,7 +113,7 @@ def beside(
     for index in range(skeleton.layer_count):
         path = skeleton.layer_path(index)
         for group in sorted(siblings):
-            for names in _fused(tuple(join(path, name) for name in group)):
+            for names in served_together(join(path, name) for name in group):
                 dense = [name.rpartition(".")[2] for name in names if name not in targets]
                 if 0 < len(dense) < len(names):
                     found[tuple(dense)] = None
@@ -132,7 +131,8 @@ def _torn(
     layers = [path for path in paths if any(name.startswith(f"{path}.") for name, *_ in groups)]
     where = layers[0] if len(layers) == 1 else f"{len(layers)} layers"
     parent, last = module_of(like[0]), "|".join(name.rpartition(".")[2] for name in like)
-    before = "" if len(layers) == len(paths) else f"{module_of(layers[0])}.({_numbers(layers)})."
+    numbers = "|".join(path.rpartition(".")[2] for path in layers)
+    before = "" if len(layers) == len(paths) else f"{module_of(layers[0])}.({numbers})."
     inside = f"{before}{parent}." if parent else before
     pattern = ("" if before else r".*\.") + inside.replace(".", r"\.").replace("*", r"\d+")
     return Fault(
@@ -143,25 +143,12 @@ def _torn(
     )
 
 
-def _numbers(layers: list[str]) -> str:
-    return "|".join(path.rpartition(".")[2] for path in layers)
-
-
 def _tearing(recipe: Recipe, names: tuple[str, ...]) -> str:
     """The settings of the last override that fits some of the siblings only."""
     for text, override in reversed([*zip(recipe.override, recipe.overrides(), strict=True)]):
         if 0 < sum(matches(override.pattern, name) for name in names) < len(names):
             return text.rpartition("=")[2]
     return "SETTINGS"
-
-
-def _fused(group: tuple[str, ...]) -> list[list[str]]:
-    """Siblings of one module; where it is known what vLLM makes of them, those of one such."""
-    fused: dict[tuple[str, str | None], list[str]] = {}
-    for name in group:
-        parent, _, own = name.rpartition(".")
-        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
-    return list(fused.values())
 
 
 def misfits(skeleton: Skeleton, specs: Mapping[str, GridSpec]) -> list[Fault]:

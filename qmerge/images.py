@@ -19,15 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmerge.corpus import (
-    Corpus,
-    Role,
-    default_name,
-    from_messages,
-    jsonl_rows,
-    split_column,
-    usual_column,
-)
+from qmerge.corpus import Corpus, Role
+from qmerge.documents import from_messages, jsonl_rows, split_column, usual_column
 from qmerge.errors import CorpusError
 
 COLUMNS = ("image", "images")
@@ -78,9 +71,9 @@ def load_images(
     *,
     sequence_length: int,
     role: Role,
+    name: str,
     windows: int,
-    name: str | None = None,
-    seed: int = 0,
+    seed: int,
 ) -> Corpus:
     """Windows of the rows, drawn in an order that `seed` decides, until there are enough.
 
@@ -106,7 +99,7 @@ def load_images(
             digest.update(own[key].contiguous().numpy().tobytes())
     texts = "\n\n".join(part.text for parts in found for part in parts)
     return Corpus(
-        name=name or default_name(spec),
+        name=name,
         source=spec,
         role=role,
         tokens=tokens_WS,

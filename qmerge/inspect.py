@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from qmerge.adapters import open_adapter
 from qmerge.adapters.source import CONFIG_NAME
 from qmerge.errors import InputError
 from qmerge.formats import open_format
-from qmerge.release import REPORT
+from qmerge.results import REPORT
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.files import read_json
 
@@ -40,7 +41,7 @@ def _model(folder: Path) -> dict[str, Any]:
             "model": checkpoint.config.get("model_type"),
             "architecture": ", ".join(checkpoint.config.get("architectures") or ()) or None,
             "layers": checkpoint.config.get("num_hidden_layers"),
-            "parameters": sum(_count(weight.shape) for weight in weights),
+            "parameters": sum(math.prod(weight.shape) for weight in weights),
             "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
             "files": len({info.file for info in checkpoint.tensors.values()}),
             "quantized_linears": summary.quantized,
@@ -70,10 +71,3 @@ def _made_by_qmerge(folder: Path) -> dict[str, Any]:
         "strategy": (report.get("strategy") or {}).get("chosen"),
         "perplexity_ratio": {name: part.get("ratio") for name, part in (change or {}).items()},
     }
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

@@ -12,13 +12,12 @@ import torch
 from qmerge.adapters import Adapter, Change
 from qmerge.corpus import Corpus
 from qmerge.errors import Fault, ModelError, PlanError, QmergeError
-from qmerge.formats.writing import OutputFormat
-from qmerge.gptq import GridChoice, GridSpec
+from qmerge.gptq import GridSpec
 from qmerge.model.paused import Held
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
 from qmerge.names import Unit, module_of, under
-from qmerge.recipe import ActOrder, Recipe
+from qmerge.recipe import ActOrder, GridChoice, OutputFormat, Recipe
 
 REFERENCE = "trained"
 """The arm that the others are measured against."""
@@ -39,6 +38,13 @@ class Settings:
     unit_survival: bool
     refine: bool
     asymmetric: bool
+
+    @property
+    def reduced(self) -> bool:
+        """Whether what is computed of calibration text may be rounded on matrix units. Of the
+        release alone nothing is made but a Hessian, which takes it; beside a reference it is what
+        the two differ by that counts, and that is small."""
+        return not self.asymmetric
 
     @property
     def streams(self) -> int:
@@ -116,7 +122,7 @@ def arm_names(job: Job) -> tuple[str, ...]:
     return (*before, "quantized_base", REFERENCE, *made, *after)
 
 
-def partial(out: Path) -> Path:
+def partial_folder(out: Path) -> Path:
     """Where a run that publishes `out` works."""
     return out.with_name(f"{out.name}.partial")
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
 from qmerge.measure.tokens import TokenAccumulator
-from qmerge.model.frame import Frame
+from qmerge.model.frame import Frame, GivenWeights
 from qmerge.model.layer import called_bytes as bytes_of_calls
 from qmerge.model.layer import fill, linears, move, run
 from qmerge.model.paused import Held, most_held
@@ -46,7 +46,7 @@ LARGE = 1 << 24
 WORK = 1 << 31
 """Multiplications of a layer's trial, which is of one window at least."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""How configurations call the number of a layer's experts."""
+"""What configurations call the number of experts in a layer."""
 WRITTEN = 1 << 23
 """Bytes of a trial of a disk."""
 
@@ -86,13 +86,13 @@ def memory_size(device: torch.device) -> int:
 
 @cache
 def product_seconds(device: torch.device) -> float:
-    """Of one multiplication and addition in a product of large float32 matrices."""
+    """Seconds of one multiplication and addition in a product of large float32 matrices."""
     return _product(device)
 
 
 @cache
 def reduced_seconds(device: torch.device) -> float:
-    """The same on matrix units, where there are any."""
+    """As `product_seconds`, on matrix units where there are any."""
     with reduced_precision():
         return _product(device)
 
@@ -105,21 +105,22 @@ def _product(device: torch.device) -> float:
 
 @cache
 def pass_seconds(device: torch.device) -> float:
-    """Of one float32 number's way through memory and back."""
+    """Seconds to read one float32 number from memory and write it back."""
     numbers = torch.ones(PASSED, device=device)
     return _seconds(lambda: numbers * 2, device) / PASSED
 
 
 @cache
 def rounding_seconds(device: torch.device) -> Rounding:
-    """From two linears of one width, to tell what a column costs from what a weight does."""
+    """Measured on two linears of equal width, which tells what a column costs from what a weight
+    does."""
     low, high = (_rounded(rows, device) for rows in (LOW, HIGH))
     per_weight = max(0.0, high - low) / ((HIGH - LOW) * NARROW)
     return Rounding(per_column=max(0.0, low / NARROW - per_weight * LOW), per_weight=per_weight)
 
 
 def _rounded(rows: int, device: torch.device) -> float:
-    """Seconds of one linear, its large products taken away."""
+    """Seconds of rounding one linear, less those of its large products."""
     draw = torch.Generator().manual_seed(0)
     origin_OI = torch.randn(rows, NARROW, generator=draw).to(device)
     merged_OI = origin_OI + 0.1 * torch.randn(rows, NARROW, generator=draw).to(device)
@@ -138,7 +139,7 @@ def _rounded(rows: int, device: torch.device) -> float:
 
 @cache
 def scoring_seconds(device: torch.device) -> float:
-    """Of one logit of one model, once it is there: its part in every figure of its token."""
+    """Seconds that one logit of one model adds to the figures of its token, once it is computed."""
     rows, width, arms = 64, 2048, ("reference", "other")
     logits = {arm: torch.randn(rows, width, device=device) for arm in arms}
     targets_R = torch.zeros(rows, dtype=torch.long, device=device)
@@ -150,7 +151,7 @@ def scoring_seconds(device: torch.device) -> float:
 
 
 def layer_seconds(skeleton: Skeleton, length: int, device: torch.device) -> float:
-    """Of one token of a window of `length` on its way through the first decoder layer."""
+    """Seconds that one token of a window of `length` takes through the first decoder layer."""
     layer = skeleton.layer(0)
     parameters = sum(parameter.numel() for parameter in layer.parameters())
     if parameters > LARGE:
@@ -174,7 +175,7 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
     }
     fill(layer, weights)
     layer.to(device)
-    call = move(Frame(skeleton, _Zeros(skeleton)).calls(length), device)[0]
+    call = move(_frame(skeleton).calls(length), device)[0]
     products = sum(tensor.numel() for tensor in weights.values()) * length
     windows = max(1, min(TOKENS_AT_ONCE // length, WORK // products))
     hidden_WSH = torch.randn(windows, length, skeleton.hidden_size, generator=draw).to(device)
@@ -182,16 +183,16 @@ def _tried(skeleton: Skeleton, layer: nn.Module, length: int, device: torch.devi
 
 
 def called_bytes(skeleton: Skeleton, length: int) -> int:
-    """Of what all layers are called with for a window of text."""
-    return bytes_of_calls(Frame(skeleton, _Zeros(skeleton)).calls(length))
+    """Bytes of what all layers are called with for a window of text."""
+    return bytes_of_calls(_frame(skeleton).calls(length))
 
 
 def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
-    """Of one token of a window of `length` in forwards that wait before the linears in `stops`, at
-    most: those of any layer, run without memory on the meta device. RuntimeError where one cannot
-    be."""
+    """Most bytes per token that forwards of windows of `length` hold while they wait before the
+    linears in `stops`: every kind of layer is run on the meta device, without memory. RuntimeError
+    where one cannot be run there."""
     meta, most = torch.device("meta"), Held(0, 0)
-    calls = move(Frame(skeleton, _Zeros(skeleton)).calls(length), meta)
+    calls = move(_frame(skeleton).calls(length), meta)
     hidden_1SH = torch.empty(1, length, skeleton.hidden_size, device=meta)
     seen = set()
     for index, call in enumerate(calls):
@@ -205,27 +206,14 @@ def held_bytes(skeleton: Skeleton, length: int, stops: Collection[str]) -> Held:
     return Held(*(held // length for held in most))
 
 
-class _Zeros:
-    """Weights outside the layers that are all zero: what a layer is called with needs no others."""
-
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._parameters = skeleton.parameters()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return torch.zeros(self._parameters[name].shape)
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.zeros(stop - start, *self._parameters[name].shape[1:])
-
-    def row_count(self, name: str) -> int:
-        return int(self._parameters[name].shape[0])
-
-    def holds(self, name: str) -> bool:
-        return name in self._parameters
+def _frame(skeleton: Skeleton) -> Frame:
+    """One with zeros outside the layers: what a layer is called with depends on no weight."""
+    zeros = {name: torch.zeros(()).expand(t.shape) for name, t in skeleton.parameters().items()}
+    return Frame(skeleton, GivenWeights(zeros))
 
 
 def active_weights(skeleton: Skeleton) -> int:
-    """Weights of the first layer that one token meets: of experts it meets a few."""
+    """Weights of the first layer that one token is multiplied with: of experts, its own."""
     config = text_config(skeleton.model.config)
     experts = next((n for key in EXPERTS if (n := getattr(config, key, None))), 0)
     met = getattr(config, "num_experts_per_tok", None) or experts
@@ -238,14 +226,14 @@ def active_weights(skeleton: Skeleton) -> int:
 
 @cache
 def digest_seconds() -> float:
-    """Of one byte's way through SHA-256."""
+    """Seconds to hash one byte with SHA-256."""
     data = bytes(WRITTEN)
     return _seconds(lambda: hashlib.sha256(data).digest(), torch.device("cpu")) / WRITTEN
 
 
 def disk_seconds(path: Path) -> float:
-    """Of one byte's way to the disk that `path` is on, forced, and back; 0 where none may be
-    written."""
+    """Seconds to write one byte to the disk that `path` is on, force it there and read it back; 0
+    where nothing may be written."""
     folder = existing(path)
     disk = folder.stat().st_dev
     if disk not in _DISKS:
@@ -271,7 +259,7 @@ def _written(folder: Path) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The faster of two, after one that does not count."""
+    """The faster of two runs, after one that warms up."""
     taken = []
     for _ in range(3):
         began = time.perf_counter()

@@ -91,6 +91,13 @@ def matches(pattern: str, name: str) -> bool:
         ) from error
 
 
+def listed(names: Iterable[str], most: int) -> str:
+    """The first few of many names, and how many more there are."""
+    shown = list(names)
+    rest = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def common_unit(parameter: str, layer_paths: Iterable[str]) -> str | None:
     """The layer path that holds `parameter`, or None where it is outside the layers."""
     return next((path for path in layer_paths if under(parameter, path) is not None), None)

@@ -38,14 +38,6 @@ def _text(value: object) -> str:
     return value
 
 
-def expanded(path: str) -> Path:
-    """With a home folder for a `~` at its start; as it stands where nobody has that one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
-
-
 def _path(value: object) -> Path:
     try:
         return Path(_text(str(value) if isinstance(value, Path) else value)).expanduser()
@@ -251,10 +243,17 @@ LARGEST_RECIPE = 1 << 16  # bytes; a recipe is a page, and YAML takes seconds on
 
 
 def build(recipe: type[R], flags: Mapping[str, object], *, file: Path | None = None) -> R:
-    """The recipe of a file and of flags, which win; a flag that is None was not given.
+    """The recipe of what is `said`; RecipeError, too, for required options that are missing."""
+    return made(recipe, said(recipe, flags, file=file))
+
+
+def said(
+    recipe: type[Any], flags: Mapping[str, object], *, file: Path | None = None
+) -> dict[str, Any]:
+    """The values of a file and of flags, which win; a flag that is None was not given.
 
     Raises RecipeError naming the file or flag for unreadable files, unknown keys (with the
-    nearest known one), values of the wrong kind, and for required options that are missing.
+    nearest known one), and values of the wrong kind.
     """
     known = {each.name: each for each in options(recipe)}
     values: dict[str, Any] = {}
@@ -266,7 +265,12 @@ def build(recipe: type[R], flags: Mapping[str, object], *, file: Path | None = N
     for name, given in flags.items():
         if given is not None:
             values[name] = known[name].value(given, known[name].flag) if name in known else given
-    missing = [each.flag for each in known.values() if each.required and each.name not in values]
+    return values
+
+
+def made(recipe: type[R], values: Mapping[str, Any]) -> R:
+    """The recipe of values that were `said`; RecipeError where a required one was not."""
+    missing = [x.flag for x in options(recipe) if x.required and x.name not in values]
     if missing:
         raise RecipeError(
             f"missing: {', '.join(missing)}", hint="give them as flags or in a recipe file"

@@ -24,7 +24,7 @@ from qmerge.measure import (
     worst_windows,
 )
 from qmerge.measure.remedy import pooled, survival_warning
-from qmerge.meter import Meter
+from qmerge.meter import Meter, peak_rss
 from qmerge.model.skeleton import auto_class
 from qmerge.names import WEIGHT, module_of
 from qmerge.plan import make_plan
@@ -34,13 +34,11 @@ from qmerge.provenance import (
     corpus_record,
     file_record,
     folder_record,
-    peak_rss,
     plain_recipe,
     versions,
 )
 from qmerge.recipe import Recipe
 from qmerge.release import (
-    REPORT,
     quantization_settings,
     tokenizer_files,
     write_config,
@@ -50,6 +48,7 @@ from qmerge.release import (
 from qmerge.report.plan import needs
 from qmerge.results import (
     FEW_TOKENS,
+    REPORT,
     ArmScore,
     Candidate,
     Change,
@@ -140,16 +139,7 @@ def _walk(walk: Walk, progress: Progress) -> None:
 
 def _hash_inputs(job: Job, progress: Progress) -> dict[str, InputRecord]:
     """Every file that goes in, with its digest: what a report names and a resumed run compares."""
-    recipe = job.recipe
-    folders = {
-        "base": recipe.base,
-        "original": recipe.original,
-        "previous": recipe.previous,
-    }
-    several = len(recipe.adapter) > 1
-    for number, each in enumerate(recipe.adapters(), start=1):
-        folders[f"adapter {number}" if several else "adapter"] = each.folder
-    given = {role: folder for role, folder in folders.items() if folder is not None}
+    recipe, given = job.recipe, job.recipe.folders()
     progress.stage("digest", len(given))
     records = {}
     for role, folder in given.items():
@@ -178,8 +168,8 @@ def _saved_beside(job: Job) -> list[Path]:
 
 
 def _rounded(job: Job) -> dict[str, str]:
-    """What matrix units rounded in calibration without a reference."""
-    precision = None if job.settings.asymmetric else precision_on(job.device)
+    """What matrix units rounded products to in calibration."""
+    precision = precision_on(job.device) if job.settings.reduced else None
     return {"matrix units": precision} if precision else {}
 
 
@@ -338,7 +328,7 @@ def _named_drift(layer: LayerResult, names: Mapping[str, str]) -> LayerResult:
 
 
 def _arm_names(job: Job, chosen: str) -> dict[str, str]:
-    """What the report calls the reference and the arms of the strategy that is published."""
+    """Names in the report for the reference and for the arms of the published strategy."""
     told = REFERENCE if job.change is not None else DENSE
     return {REFERENCE: told, merged_arm(chosen): MERGED, release_arm(chosen): RELEASE}
 

@@ -24,9 +24,9 @@ from qmerge.grids import SERVED_GROUPS, beside, grids, misfits, serving_notes, t
 from qmerge.heap import keep_freed
 from qmerge.job import Faults, Job, Settings, pick_device
 from qmerge.machine import existing
-from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_original, told
 from qmerge.model.paused import Held
+from qmerge.model.probe import probe
 from qmerge.model.reshape import Shape, open_sibling, vocabulary_of
 from qmerge.model.skeleton import Skeleton
 from qmerge.model.weights import Weights
@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def _once(faults: Iterable[Fault]) -> tuple[Fault, ...]:
-    """Each where it was met first: a pattern that is none is in the way of several checks."""
+    """Each where it was met first: several checks meet the same broken pattern."""
     first: dict[tuple[str, str | None], Fault] = {}
     for fault in faults:
         first.setdefault((fault.message, fault.hint), fault)
@@ -122,85 +122,131 @@ def _done_before(job: Job, faults: Faults) -> frozenset[str]:
         return frozenset()
 
 
+@dataclass(kw_only=True)
+class _Base:
+    """What `--base` holds, as far as it could be opened."""
+
+    skeleton: Skeleton | None = None
+    stored: Weights | None = None
+    trained: Weights | None = None
+    """As the adapter saw it."""
+    loaded: Decision | None = None
+    siblings: frozenset[tuple[str, ...]] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Models:
+    """All models in the shape that training left, and how the release's linears are quantized."""
+
+    skeleton: Skeleton
+    base: Weights
+    original: Weights | None
+    previous: Weights | None
+    settings: Settings | None
+    specs: dict[str, GridSpec]
+    notes: list[str]
+
+
 def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
     _check_out(recipe, faults)
-    skeleton = base = original = previous = settings = device = None
-    texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
-    specs: dict[str, GridSpec] = {}
-    siblings: frozenset[tuple[str, ...]] = frozenset()
-    notes: list[str] = []
-    stored = loaded = None
-    tokenizer_folder = tokenizer_home(recipe.base, *recipe.trained())
-    with faults.at("--base"):
-        skeleton, stored = open_model(recipe.base, trust_remote_code=recipe.trust_remote_code)
-        siblings = probe(skeleton)
-        base, loaded = as_trained(recipe, skeleton, stored)
-        notes += loaded.notes
-    tuning = open_tuning(recipe, skeleton, base, faults)
-    if skeleton is not None and base is not None:
-        plain, whole = skeleton, base
-        shape = tuning.shape if tuning else Shape(skeleton=skeleton)
-        skeleton, base = shape.skeleton, shape.fit(base)
-        with faults.at("--original"):
-            original = _open_original(recipe, plain, whole, shape, notes)
-            if original is None and whole is not stored and stored is not None:
-                # What training quantized on the fly is the original itself.
-                original = shape.fit(stored)
-        if recipe.strategy == "substitute" and recipe.original is None and original is None:
-            faults.found.append(NO_ORIGINAL)
-        with faults.at("--previous"):
-            previous = _open_previous(recipe, plain, skeleton)
-        spec = _spec(recipe, base)
-        with faults.at("--format"):
-            settings = _settings(recipe, spec)
-        with faults.at("--override"):
-            targets, head = _targets(base, skeleton), skeleton.head()
-            tied = head + WEIGHT in skeleton.tied()
-            specs = grids(recipe, targets, spec, faults, head=head, tied=tied)
-            faults.found += misfits(skeleton, specs)
-            faults.found += torn(recipe, skeleton, specs, siblings, targets)
-            notes += beside(skeleton, targets, siblings)
-        if settings is not None:
-            notes += serving_notes(settings.format, skeleton, specs)
-    opened = skeleton if base is not None else None
-    texts = _texts(recipe, opened, tokenizer_folder, faults, notes, scored=scored)
+    found = _open_base(recipe, faults)
+    tuning = open_tuning(recipe, found.skeleton, found.trained, faults)
+    models = _open_models(recipe, found, tuning, faults)
+    skeleton, notes = (models.skeleton, models.notes) if models else (None, [])
+    home = tokenizer_home(recipe.base, *recipe.trained())
+    texts = _texts(recipe, skeleton, home, faults, notes, scored=scored)
+    device = None
     with faults.at("--device"):
         device = pick_device(recipe.device)
-    if faults.found or not (skeleton and base and loaded and settings and texts and device):
+    if faults.found or not (models and models.settings and found.loaded and texts and device):
         return None
-    notes += _left_dense(skeleton)
-    if tokenizer_folder != recipe.base:
-        notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
-    if tuning:
-        folders = (recipe.base, recipe.original or recipe.base)
-        notes += tuning_notes(tuning, *folders)
+    skeleton, settings = models.skeleton, models.settings
     calibration, evaluation = texts
+    notes += _left_dense(skeleton)
+    if home != recipe.base:
+        notes.append(f"tokenizer files are those that training saved in {home}")
+    if tuning:
+        notes += tuning_notes(tuning, recipe.base, recipe.original or recipe.base)
     notes += fewer(calibration, recipe.calibration_samples)
     notes += window_notes(recipe, evaluation)
     notes += overlap_notes(calibration, evaluation)
     at_once = max(1, TOKENS_AT_ONCE // calibration.tokens.shape[1])
-    held = waiting_bytes(skeleton, calibration.tokens.shape[1], siblings)
+    held = waiting_bytes(skeleton, calibration.tokens.shape[1], found.siblings)
     return Job(
-        recipe=_effective(recipe, settings, calibration, loaded.quant),
+        recipe=_effective(recipe, settings, calibration, found.loaded.quant),
         skeleton=skeleton,
-        base=base,
-        original=original,
-        previous=previous,
+        base=models.base,
+        original=models.original,
+        previous=models.previous,
         change=tuning.change if tuning else None,
         adapters=tuning.adapters if tuning else (),
-        tokenizer_folder=tokenizer_folder,
+        tokenizer_folder=home,
         calibration=calibration,
         evaluation=evaluation,
         settings=settings,
-        strategies=_strategies(recipe, tuning, original, notes),
-        specs=specs,
+        strategies=_strategies(recipe, tuning, models.original, notes),
+        specs=models.specs,
         at_once=at_once,
         held=held,
         waiting=_may_wait(recipe.memory, skeleton, settings.streams, calibration, at_once, held),
         device=device,
         notes=tuple(notes),
+    )
+
+
+def _open_base(recipe: Recipe, faults: Faults) -> _Base:
+    found = _Base()
+    with faults.at("--base"):
+        trust = recipe.trust_remote_code
+        found.skeleton, found.stored = open_model(recipe.base, trust_remote_code=trust)
+        found.siblings = probe(found.skeleton)
+        found.trained, found.loaded = as_trained(recipe, found.skeleton, found.stored)
+    return found
+
+
+def _open_models(
+    recipe: Recipe, found: _Base, tuning: Tuning | None, faults: Faults
+) -> _Models | None:
+    """The base's siblings beside it, and grids for its linears; None where there is no base."""
+    plain, whole, stored, loaded = found.skeleton, found.trained, found.stored, found.loaded
+    if plain is None or whole is None or stored is None or loaded is None:
+        return None
+    original = previous = settings = None
+    specs: dict[str, GridSpec] = {}
+    notes = [*loaded.notes]
+    shape = tuning.shape if tuning else Shape(skeleton=plain)
+    skeleton, base = shape.skeleton, shape.fit(whole)
+    with faults.at("--original"):
+        original = _open_original(recipe, plain, whole, shape, notes)
+        if original is None and whole is not stored:
+            # What training quantized on the fly is the original itself.
+            original = shape.fit(stored)
+    if recipe.strategy == "substitute" and recipe.original is None and original is None:
+        faults.found.append(NO_ORIGINAL)
+    with faults.at("--previous"):
+        previous = _open_previous(recipe, plain, skeleton)
+    spec = _spec(recipe, base)
+    with faults.at("--format"):
+        settings = _settings(recipe, spec)
+    with faults.at("--override"):
+        targets, head = _targets(base, skeleton), skeleton.head()
+        tied = head + WEIGHT in skeleton.tied()
+        specs = grids(recipe, targets, spec, faults, head=head, tied=tied)
+        faults.found += misfits(skeleton, specs)
+        faults.found += torn(recipe, skeleton, specs, found.siblings, targets)
+        notes += beside(skeleton, targets, found.siblings)
+    if settings is not None:
+        notes += serving_notes(settings.format, skeleton, specs)
+    return _Models(
+        skeleton=skeleton,
+        base=base,
+        original=original,
+        previous=previous,
+        settings=settings,
+        specs=specs,
+        notes=notes,
     )
 
 

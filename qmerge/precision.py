@@ -15,8 +15,12 @@ import torch
 
 
 @contextmanager
-def reduced_precision() -> Iterator[None]:
-    """While this lasts, products of float32 matrices are made on matrix units that there are."""
+def reduced_precision(allowed: bool = True) -> Iterator[None]:
+    """While this lasts, products of float32 matrices are made on matrix units that there are, where
+    that is `allowed`."""
+    if not allowed:
+        yield
+        return
     before = [(matmul, matmul.fp32_precision) for matmul, _ in _backends().values()]
     try:
         for matmul, precision in _backends().values():

@@ -1,12 +1,10 @@
-"""Where figures come from: inputs with their digests, texts, versions, the machine's measure."""
+"""Where figures come from: inputs with their digests, texts and versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import re
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,9 +104,3 @@ def versions() -> dict[str, str]:
     """Versions of what a run's figures depend on."""
     found = {"python": platform.python_version()}
     return found | {package: importlib.metadata.version(package) for package in PACKAGES}
-
-
-def peak_rss() -> int:
-    """Most memory this process has had resident, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

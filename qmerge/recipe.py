@@ -1,17 +1,17 @@
 """What was asked: one frozen dataclass per job, with the help text beside each option.
 
-The fields are the keys of a recipe file and the flags of the command line. A recipe says nothing
-about whether its paths exist or its models fit together: that is the plan's.
+The fields are the keys of a recipe file and the flags of the command line. Whether paths exist and
+models fit together is for the plan to find out.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from qmerge import specs
 from qmerge.errors import Fault, RecipeError
 from qmerge.names import matches
 from qmerge.options import (
@@ -34,12 +34,13 @@ from qmerge.options import (
     TEXT,
     WINDOWS,
     choice,
-    expanded,
     option,
     options,
     whole,
 )
+from qmerge.specs import Contestant, EvalText, Override, WeightedAdapter
 
+# The words that an option takes, and all code that acts on them.
 Strategy = Literal["dequantize", "substitute", "auto"]
 ActOrder = Literal["none", "group", "full"]
 GridChoice = Literal["fresh", "anchored", "auto"]
@@ -58,22 +59,14 @@ Combination = Literal[
     "magnitude_prune",
     "magnitude_prune_svd",
 ]
-EvalRole = Literal["in_domain", "general"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalText:
-    """One evaluation corpus as asked for. The in-domain one decides where one must."""
-
-    name: str
-    spec: str
-    role: EvalRole
+"""PEFT's names for the ways to combine LoRA adapters."""
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _survival_limit(
     help: str = "Lowest survival of the adapter over the whole model.",
 ) -> Any:
-    """Of the jobs that know how much of an adapter was left."""
+    """The option of those jobs that know how much of an adapter is left."""
     return option(None, SURVIVAL, "Gate", help, unset="no limit")
 
 
@@ -135,13 +128,7 @@ class Scoring:
 
     def eval_texts(self) -> tuple[EvalText, ...]:
         """The evaluation corpora with name and role, in the order given; names may collide."""
-        named = [_named(text, _corpus_name) for text in self.eval]
-        names = [name for name, _ in named]
-        first = "in_domain" if "in_domain" in names else _first_but(names, "general")
-        return tuple(
-            EvalText(name=name, spec=spec, role="in_domain" if name == first else "general")
-            for name, spec in named
-        )
+        return specs.eval_texts(self.eval)
 
     def faults(self) -> tuple[Fault, ...]:
         """Options that contradict one another, for the plan to list among its own."""
@@ -180,7 +167,7 @@ class Recipe(Scoring):
     )
     strategy: Strategy = option(
         "dequantize",
-        choice("dequantize", "substitute", "auto"),
+        choice(*get_args(Strategy)),
         "Models",
         "Merge onto the decoded base, onto the original, or make both and publish the one that is"
         " nearer to what was trained.",
@@ -273,14 +260,14 @@ class Recipe(Scoring):
     )
     act_order: ActOrder = option(
         "group",
-        choice("none", "group", "full"),
+        choice(*get_args(ActOrder)),
         "Quantizer",
         "Columns are rounded as they stand, by decreasing diagonal of the Hessian, or so and"
         " grouped in that order too (desc_act).",
     )
     grid: GridChoice = option(
         "auto",
-        choice("fresh", "anchored", "auto"),
+        choice(*get_args(GridChoice)),
         "Quantizer",
         "Steps fitted anew, a GPTQ base's own, or for each row of a weight those that lose less.",
     )
@@ -300,7 +287,7 @@ class Recipe(Scoring):
     )
     objective: Objective = option(
         "asymmetric",
-        choice("asymmetric", "symmetric"),
+        choice(*get_args(Objective)),
         "Quantizer",
         "Aim at what the merged model computes on its own inputs, or at its weights.",
     )
@@ -322,7 +309,7 @@ class Recipe(Scoring):
     )
     format: OutputFormat | None = option(
         None,
-        choice("gptq", "gptq_v2", "compressed-tensors"),
+        choice(*get_args(OutputFormat)),
         "Quantizer",
         "How the release is written.",
         unset="gptq, or gptq_v2 with --asym",
@@ -346,7 +333,16 @@ class Recipe(Scoring):
 
     def adapters(self) -> tuple[WeightedAdapter, ...]:
         """The adapters in the order given, with their weights."""
-        return tuple(map(_weighted, self.adapter))
+        return tuple(map(specs.weighted, self.adapter))
+
+    def folders(self) -> dict[str, Path]:
+        """The folders that go in, by the roles that a report has for them."""
+        single = {"base": self.base, "original": self.original, "previous": self.previous}
+        found = {role: folder for role, folder in single.items() if folder is not None}
+        several = len(self.adapter) > 1
+        for number, each in enumerate(self.adapters(), start=1):
+            found[f"adapter {number}" if several else "adapter"] = each.folder
+        return found
 
     def trained(self) -> tuple[Path, ...]:
         """The folders that training saved what it changed in; a later one's tokenizer wins."""
@@ -355,87 +351,20 @@ class Recipe(Scoring):
 
     def overrides(self) -> tuple[Override, ...]:
         """The overrides in the order given; RecipeError for one that says nothing."""
-        return tuple(map(_override, self.override))
+        return tuple(map(specs.override, self.override))
 
     def faults(self) -> tuple[Fault, ...]:
         return super().faults() + tuple(self._unreadable())
 
     def _unreadable(self) -> Iterator[Fault]:
-        """Overrides that say nothing, and patterns that are none."""
+        """Overrides and patterns that cannot be read."""
         given = {"--only": self.only, "--except": self.exclude, "--override": self.override}
         for flag, texts in given.items():
             for text in texts:
                 try:
-                    matches(_override(text).pattern if flag == "--override" else text, "")
+                    matches(specs.override(text).pattern if flag == "--override" else text, "")
                 except RecipeError as error:
                     yield Fault(where=flag, message=error.message, hint=error.hint)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightedAdapter:
-    """One adapter as asked for."""
-
-    folder: Path
-    weight: float
-
-
-def _weighted(text: str) -> WeightedAdapter:
-    """DIR[@WEIGHT]. What follows the last "@" is a weight if it is a number."""
-    folder, _, number = text.rpartition("@")
-    try:
-        return (
-            WeightedAdapter(folder=expanded(folder), weight=float(number))
-            if folder
-            else _whole(text)
-        )
-    except ValueError:
-        return _whole(text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Override:
-    """Settings of the modules that `pattern` fits; None is as for the others."""
-
-    pattern: str
-    skip: bool
-    bits: int | None
-    group_size: int | None
-
-
-_OVERRIDE = re.compile(
-    r"(?P<pattern>.+)=(?P<settings>skip|bits:[2348]|group:(?:-1|[1-9]\d{0,4})"
-    r"|bits:[2348],group:(?:-1|[1-9]\d{0,4}))"
-)
-
-
-def _override(text: str) -> Override:
-    """PATTERN=skip, PATTERN=bits:N, PATTERN=group:N, PATTERN=bits:N,group:N."""
-    match = _OVERRIDE.fullmatch(text)
-    if match is None:
-        raise RecipeError(
-            f"{text!r} is not PATTERN=SETTINGS",
-            hint="SETTINGS is bits:2|3|4|8, group:N, both as in bits:8,group:32, or skip",
-        )
-    values = dict(each.split(":") for each in match["settings"].split(",") if ":" in each)
-    return Override(
-        pattern=match["pattern"],
-        skip=match["settings"] == "skip",
-        bits=int(values["bits"]) if "bits" in values else None,
-        group_size=int(values["group"]) if "group" in values else None,
-    )
-
-
-def _whole(text: str) -> WeightedAdapter:
-    return WeightedAdapter(folder=expanded(text), weight=1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contestant:
-    """One checkpoint to evaluate, with an adapter live on top where there is one."""
-
-    name: str
-    folder: Path
-    adapter: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +393,7 @@ class EvaluateRecipe(Scoring):
 
     def contestants(self) -> tuple[Contestant, ...]:
         """The checkpoints in the order given; names may collide."""
-        return tuple(_contestant(*_named(text, _folder_name)) for text in self.models)
+        return tuple(map(specs.contestant, self.models))
 
     def faults(self) -> tuple[Fault, ...]:
         names = [each.name for each in self.contestants()]
@@ -521,42 +450,6 @@ class CompareRecipe(Scoring):
         asked = {each.name: getattr(self, each.name) for each in options(Scoring)}
         models = (f"old={self.old}", f"new={self.new}")
         return EvaluateRecipe(**asked, models=models, reference="old")
-
-
-def _named(text: str, otherwise: Callable[[str], str]) -> tuple[str, str]:
-    """[NAME=]SPEC. What stands before "=" is a name unless it looks like part of a path."""
-    match = re.fullmatch(r"([\w.-]+)=(.+)", text, re.DOTALL)
-    return (match[1], match[2]) if match else (otherwise(text), text)
-
-
-def _corpus_name(spec: str) -> str:
-    """wiki.jsonl:text → wiki; hub:ORG/NAME@REV/CONFIG/SPLIT → NAME; a recipe's name → itself."""
-    if spec.startswith("hub:"):
-        parts = spec.removeprefix("hub:").split("/")
-        return parts[min(1, len(parts) - 1)].partition("@")[0]
-    return Path(re.sub(r"(\.(?:jsonl|parquet)):[^/]*$", r"\1", spec)).stem
-
-
-def _folder_name(spec: str) -> str:
-    """models/base+out/adapter → base+adapter."""
-    return "+".join(Path(part).name or part for part in _parts(spec) if part)
-
-
-def _parts(spec: str) -> tuple[str, str]:
-    """DIR+ADAPTER; the last "+" divides, one at either end is part of the folder's name."""
-    folder, _, adapter = spec.rpartition("+")
-    return (folder, adapter) if folder and adapter else (spec, "")
-
-
-def _contestant(name: str, spec: str) -> Contestant:
-    folder, adapter = _parts(spec)
-    return Contestant(
-        name=name, folder=expanded(folder), adapter=expanded(adapter) if adapter else None
-    )
-
-
-def _first_but(names: Sequence[str], avoided: str) -> str | None:
-    return next((name for name in names if name != avoided), None)
 
 
 def _repeated(names: Sequence[str], where: str) -> tuple[Fault, ...]:

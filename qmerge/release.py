@@ -13,11 +13,10 @@ from qmerge.job import Job
 from qmerge.model.reshape import restate
 from qmerge.provenance import CARD
 from qmerge.report import render, render_card, render_json
-from qmerge.results import RunResult
+from qmerge.results import REPORT, RunResult
 from qmerge.storage.checkpoint import Checkpoint, folder_side_files
 from qmerge.storage.shards import copy_file, write_json, write_text
 
-REPORT = "qmerge_report.json"
 RECIPE = "qmerge_recipe.yaml"
 PAGE = "report.html"
 END = "\n}\n"

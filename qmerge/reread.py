@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 
 from qmerge.errors import InputError
-from qmerge.results import RunResult
+from qmerge.results import REPORT, RunResult
 from qmerge.storage.files import read_json
-
-REPORT = "qmerge_report.json"
 
 
 def read_report(path: Path) -> RunResult:

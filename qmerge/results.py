@@ -1,4 +1,4 @@
-"""What came out of a run: frozen records with one JSON form, `qmerge_report.json`.
+"""What a run would do and what came out of it: frozen records with one JSON form.
 
 Units: perplexity without unit, nll and kl in nats per token, shares between 0 and 1, times in
 seconds, sizes in bytes. A number that could not be measured is None; one that is not finite is
@@ -19,6 +19,7 @@ from typing import Any
 from qmerge.errors import InputError
 
 SCHEMA_VERSION = 1
+REPORT = "qmerge_report.json"
 
 T = typing.TypeVar("T")
 
@@ -185,7 +186,7 @@ class LinearResult:
     damping: float | None = None
     fallback: str | None = None
     tokens: int | None = None
-    """Of an expert: how many calibration tokens chose it."""
+    """How many calibration tokens chose it, where it is an expert's."""
     survival: Survival | None = None
 
 
@@ -383,6 +384,56 @@ class RunResult:
         return decode(cls, data, where=source)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedUnit:
+    """One unit of the walk as it would be done; `adapted` counts weights the adapter changes."""
+
+    label: str
+    quantized: int
+    dense: int
+    adapted: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """What a run would do, in words and bytes; with faults only what was asked is filled in.
+    `renamed` maps tensors of the adapter files to the names they were understood as, `left_out`
+    are modules that --only and --except keep the base's."""
+
+    base: str
+    adapter: str
+    out: str
+    original: str | None = None
+    strategies: tuple[str, ...] = ()
+    quantizer: str = ""
+    limits: tuple[str, ...] = ()
+    corpora: tuple[str, ...] = ()
+    at_once: int = 0
+    waiting: bool = True
+    units: tuple[PlannedUnit, ...] = ()
+    bytes_in: int = 0
+    bytes_out: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    device_bytes: int = 0
+    """Memory of `device`, where that is not the host."""
+    device: str = "cpu"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By parts of the work that is left, named as the timings of a run are."""
+    goes_on: str = ""
+    """What a stopped run has done already."""
+    notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+
+
+# The JSON form of any record.
+
+
 def encode(value: Any) -> Any:
     """A record or a tree of records as JSON types."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -461,50 +512,3 @@ def _expect(holds: bool, wanted: str, value: Any, where: str) -> None:
             f"{where}: {wanted} expected, found {type(value).__name__}",
             hint="the report is damaged or was written by something else",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedUnit:
-    """One unit of the walk as it would be done; `adapted` counts weights the adapter changes."""
-
-    label: str
-    quantized: int
-    dense: int
-    adapted: int
-    bytes_in: int
-    bytes_out: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSummary:
-    """What a run would do, in words and bytes; with faults only what was asked is filled in.
-    `renamed` maps tensors of the adapter files to the names they were understood as, `left_out`
-    are modules that --only and --except keep the base's."""
-
-    base: str
-    adapter: str
-    out: str
-    original: str | None = None
-    strategies: tuple[str, ...] = ()
-    quantizer: str = ""
-    limits: tuple[str, ...] = ()
-    corpora: tuple[str, ...] = ()
-    at_once: int = 0
-    waiting: bool = True
-    units: tuple[PlannedUnit, ...] = ()
-    bytes_in: int = 0
-    bytes_out: int = 0
-    disk_bytes: int = 0
-    memory_bytes: int = 0
-    device_bytes: int = 0
-    """Of `device`, where that is not the host."""
-    device: str = "cpu"
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """By parts of the work that is left, named as the timings of a run are."""
-    goes_on: str = ""
-    """What a stopped run has done already."""
-    notes: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    faults: tuple[str, ...] = ()
-    hints: tuple[str, ...] = ()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qmerge.corpus import Corpus, check_spec, is_file, load_corpus, overlap
+from qmerge.corpus import Corpus, load_corpus, overlap
+from qmerge.documents import check_spec
 from qmerge.errors import CorpusError, QmergeError
 from qmerge.images import image_rows, load_images
 from qmerge.job import Faults
 from qmerge.model.skeleton import REMOTE_CODE_HINT, Skeleton, first_line, text_config
-from qmerge.recipe import EvalText, Scoring
+from qmerge.recipe import Scoring
+from qmerge.specs import EvalText
 from qmerge.storage.files import read_json
 
 LONGEST_WINDOW = 2048
@@ -69,7 +70,7 @@ def has_tokenizer(folder: Path, *, trust_remote_code: bool) -> bool:
 
 
 def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
-    """What makes of images and text what the model takes; `CorpusError` where there is none."""
+    """Turns images and text into the inputs of the model; `CorpusError` where a folder has none."""
     from transformers import AutoProcessor
 
     hint = "the folder needs the processor files that came with the model"
@@ -153,21 +154,13 @@ def window_length(asked: int | None, skeleton: Skeleton) -> int:
     return asked or min(LONGEST_WINDOW, limit or LONGEST_WINDOW)
 
 
-def _asked(scoring: Scoring) -> tuple[EvalText, ...]:
-    """The texts as asked for; a file whose name is all of NAME=SPEC is that file."""
-    return tuple(
-        replace(text, spec=given) if is_file(Path(given)) else text
-        for given, text in zip(scoring.eval, scoring.eval_texts(), strict=True)
-    )
-
-
 def evaluation_texts(
     scoring: Scoring, tokenizer: Any, length: int, faults: Faults
 ) -> tuple[Corpus, ...]:
     """The evaluation corpora, one fault for each that cannot be had."""
     windows = None if scoring.eval_windows == "all" else scoring.eval_windows
     found = []
-    for text in _asked(scoring) or (OFFLINE_EVALUATION,):
+    for text in scoring.eval_texts() or (OFFLINE_EVALUATION,):
         with faults.at(f"--eval {text.spec}"):
             _refuse_images(text.spec)
             found.append(
@@ -185,14 +178,14 @@ def evaluation_texts(
 
 def check_texts(scoring: Scoring, faults: Faults) -> None:
     """What can be seen of the evaluation texts where there is no tokenizer for them."""
-    for text in _asked(scoring):
+    for text in scoring.eval_texts():
         with faults.at(f"--eval {text.spec}"):
             _refuse_images(text.spec)
             check_spec(text.spec)
 
 
 def check_calibration(spec: str) -> None:
-    """The same of calibration text; what rows with images lack, their processor says."""
+    """As `check_texts`, of calibration text; rows with images are left to their processor."""
     if image_rows(spec) is None:
         check_spec(spec)
 
@@ -206,7 +199,7 @@ def _refuse_images(spec: str) -> None:
 
 
 def overlap_notes(calibration: Corpus, evaluation: tuple[Corpus, ...]) -> Iterator[str]:
-    """How much of what will be scored the quantizer sees before."""
+    """How much of the evaluation text the quantizer sees in calibration."""
     for corpus in evaluation:
         if share := overlap(calibration, corpus):
             yield (

@@ -20,7 +20,7 @@ from qmerge.formats.simulated import DTYPES, BaseQuant, parse_base_quant
 from qmerge.results import DOUBT
 
 LIMIT = 1 << 20
-"""Bytes of a file beyond which it is none that a trainer wrote."""
+"""Bytes of the largest file that a trainer would write."""
 CARD_SENTENCE = "quantization config was used during training:"
 QUANTIZED_NAMES = ("bnb-4bit", "bnb-8bit", "gptq", "awq", "fp8", "int4", "int8", "w4a16", "w8a8")
 HEAD = "lm_head"
@@ -296,7 +296,7 @@ def _of_switches(
 
 
 def _loaded(said: Said, dtype: object) -> Said:
-    """The same of weights that were loaded in `dtype`, where it is the name of one."""
+    """What was `said`, with the dtype that weights were loaded in, where `dtype` names one."""
     name = str(dtype).removeprefix("torch.").lower()
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     return replace(said, dtype=name) if isinstance(said, BaseQuant) and name in DTYPES else said

@@ -57,43 +57,15 @@ def open_tuning(
     Without a skeleton (the base has faults of its own) the folders are opened all the same, so
     that their faults are told too.
     """
-    asked = recipe.adapters()
-    faults.found += [
-        Fault(
-            where="--adapter",
-            message=f"a weight of {each.weight} for {each.folder} is no number to weigh by",
-            hint="give DIR@WEIGHT, as in adapter@0.5",
-        )
-        for each in asked
-        if not math.isfinite(each.weight)
-    ]
-    adapters: list[Adapter] = []
-    for each in asked:
-        with faults.at(f"--adapter {each.folder}"):
-            adapters.append(open_adapter(each.folder))
+    adapters = _open_adapters(recipe, faults)
     state: Mapping[str, TensorInfo] | None = None
     with faults.at("--partial-state"):
         state = read_headers(recipe.partial_state) if recipe.partial_state is not None else {}
-    links: list[Change] = []
     shape = None
-    if skeleton is not None and state is not None and len(adapters) == len(asked):
+    if skeleton is not None and state is not None and len(adapters) == len(recipe.adapter):
         with faults.at("--adapter"):
             shape = _grown(skeleton, adapters, state)
-    if shape is not None and recipe.partial_state is not None:
-        with faults.at("--partial-state"):
-            made = overlay(
-                shape.skeleton.fused,
-                recipe.partial_state,
-                adapters=adapters,
-                allow_noop=recipe.allow_noop,
-                base=_rows(shape, base, links),
-            )
-            links.append(made)
-    if shape is not None:
-        with faults.at("--adapter"):
-            selection = _Selection(recipe)
-            _link(links, recipe, shape, adapters, selection, base)
-            faults.found += selection.faults()
+    links = _links(recipe, shape, adapters, base, faults) if shape is not None else []
     faults.found += _left_beside(recipe, adapters)
     if skeleton is None or shape is None or not links:
         return None
@@ -110,6 +82,41 @@ def open_tuning(
     return Tuning(
         change=change, adapters=tuple(adapters), shape=shape, notes=_notes(skeleton, shape)
     )
+
+
+def _open_adapters(recipe: Recipe, faults: Faults) -> list[Adapter]:
+    """Those that can be opened."""
+    adapters = []
+    for each in recipe.adapters():
+        if not math.isfinite(each.weight):
+            message = f"a weight of {each.weight} for {each.folder} is no number to weigh by"
+            hint = "give DIR@WEIGHT, as in adapter@0.5"
+            faults.found.append(Fault(where="--adapter", message=message, hint=hint))
+        with faults.at(f"--adapter {each.folder}"):
+            adapters.append(open_adapter(each.folder))
+    return adapters
+
+
+def _links(
+    recipe: Recipe, shape: Shape, adapters: Sequence[Adapter], base: Weights | None, faults: Faults
+) -> list[Change]:
+    """The changes in their order, as far as they can be made: a partial state, then adapters."""
+    links: list[Change] = []
+    if recipe.partial_state is not None:
+        with faults.at("--partial-state"):
+            made = overlay(
+                shape.skeleton.fused,
+                recipe.partial_state,
+                adapters=adapters,
+                allow_noop=recipe.allow_noop,
+                base=_rows(shape, base, links),
+            )
+            links.append(made)
+    with faults.at("--adapter"):
+        selection = _Selection(recipe)
+        _link(links, recipe, shape, adapters, selection, base)
+        faults.found += selection.faults()
+    return links
 
 
 def _grown(

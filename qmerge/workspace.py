@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from qmerge import __version__
 from qmerge.errors import RecipeError, StorageError
-from qmerge.job import Job, partial
+from qmerge.job import Job, partial_folder
 from qmerge.options import options
 from qmerge.provenance import versions
 from qmerge.recipe import Recipe
@@ -45,7 +45,7 @@ class Workspace:
         Raises `RecipeError` naming what differs from the run that was stopped, or where the folder
         holds something else than a run; `StorageError` where another process is at work.
         """
-        folder = partial(out)
+        folder = partial_folder(out)
         _make(folder)
         workspace = cls(out, Journal.open(folder / JOURNAL, restart=restart))
         try:
@@ -61,7 +61,7 @@ class Workspace:
 
         Returns what that run gave to `publish`, or None where nothing of the kind is there.
         """
-        folder = partial(out)
+        folder = partial_folder(out)
         if not out.is_dir() or folder.is_symlink() or not (folder / JOURNAL).is_file():
             return None
         with cls(out, Journal.open(folder / JOURNAL)) as workspace:
@@ -180,11 +180,11 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
     texts = {corpus.name: corpus.sha256 for corpus in (job.calibration, *job.evaluation)}
     made_by = {"qmerge": __version__, **versions(), "device": job.device.type}
-    return encode({"made by": made_by, "recipe": asked, "texts": texts})  # type: ignore[no-any-return]
+    return {"made by": made_by, "recipe": asked, "texts": texts}
 
 
 def whole_fingerprint(job: Job, inputs: Mapping[str, InputRecord]) -> dict[str, Any]:
-    """The same with the digests of all files that go in."""
+    """`fingerprint`, with the digests of all files that go in."""
     return fingerprint(job) | {"inputs": {role: dict(each.files) for role, each in inputs.items()}}
 
 
@@ -194,7 +194,7 @@ def done_before(job: Job) -> frozenset[str]:
     Raises what `Workspace.open` does, but where that has to read all that goes in or checks what
     the journal says: where the inputs' files differ, or the journal is damaged.
     """
-    folder = partial(job.recipe.out)
+    folder = partial_folder(job.recipe.out)
     if not (folder.exists() or folder.is_symlink()):
         return frozenset()
     _refuse_foreign(folder)

@@ -218,6 +218,7 @@ def write_tokens(file: Path, model: Path, text: Path, role: str, windows: int, l
         tokenizer,
         sequence_length=length,
         role="calibration" if role == "calibration" else "in_domain",
+        name=role,
         windows=windows,
     )
     save_file({"tokens": corpus.tokens}, file)

@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from qmerge import corpus as corpus_module
-from qmerge.corpus import (
-    Corpus,
-    Role,
-    default_name,
-    load_corpus,
-    overlap,
-    read_text_recipe,
-    text_recipes,
-)
+from qmerge import documents
+from qmerge.corpus import Corpus, Role, load_corpus, overlap
+from qmerge.documents import read_text_recipe, text_recipes
 from qmerge.errors import CorpusError
 
 S = 16  # tokens in a window
@@ -73,6 +66,7 @@ def load(
         tokenizer,
         sequence_length=sequence_length,
         role=role,
+        name="text",
         windows=windows,
         seed=seed,
     )
@@ -108,7 +102,7 @@ def test_windows_follow_one_another_and_the_tail_is_dropped(tmp_path: Path, toke
     expected = [ids[start : start + S] for start in range(0, len(ids) - S + 1, S)]
     assert found.tokens.tolist() == expected
     assert found.tokens.dtype == torch.int64
-    assert (found.name, found.documents, found.windows_available) == ("a", 1, 1001 // S)
+    assert (found.name, found.documents, found.windows_available) == ("text", 1, 1001 // S)
     flat = [token for window in expected for token in window]
     assert found.sha256 == hashlib.sha256(struct.pack(f"<{len(flat)}q", *flat)).hexdigest()
     assert found.text_sha256 == hashlib.sha256(text.encode()).hexdigest()
@@ -308,7 +302,7 @@ def test_hub_texts_come_through_datasets(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     found = load("hub:org/stories/short/test[1:3]:story", tokenizer, sequence_length=1)
     assert text_of(found, tokenizer) == "\n\n".join(row["story"] for row in rows[1:3])
-    assert (found.name, found.source) == ("stories", "hub:org/stories/short/test[1:3]:story")
+    assert found.source == "hub:org/stories/short/test[1:3]:story"
     with pytest.raises(CorpusError, match="hub:org/stories/long/test"):
         load("hub:org/stories/long/test", tokenizer)
 
@@ -368,7 +362,7 @@ def test_every_recipe_is_complete_and_has_its_own_evaluation_part() -> None:
 def test_recipes_are_found_in_a_wheel_before_a_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "__file__", str(tmp_path / "qmerge" / "corpus.py"))
+    monkeypatch.setattr(documents, "__file__", str(tmp_path / "qmerge" / "documents.py"))
     for folder, name in (("calibration", "foreign"), ("qmerge/calibration", "own")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / f"{name}.yaml").touch()
@@ -386,7 +380,7 @@ def test_the_offline_recipe_works_and_keeps_its_parts_apart(tokenizer: Any) -> N
     assert evaluation.licence == "PSF-2.0"
     assert overlap(calibration, evaluation, width=128) == 0.0
     paragraphs = [
-        {" ".join(paragraph.split()) for text in corpus_module._pydoc(part) for paragraph in
+        {" ".join(paragraph.split()) for text in documents._pydoc(part) for paragraph in
          text.split("\n\n")}
         for part in ("calibration", "evaluation")
     ]  # fmt: skip
@@ -468,11 +462,6 @@ def test_shared_text_is_found_wherever_it_stands(tmp_path: Path, tokenizer: Any)
     assert 0.2 < overlap(a, b) < 0.8
     assert overlap(a, c) == 0
     assert overlap(a, a) == 1
-
-
-def test_default_names() -> None:
-    names = ("pydoc", "a/b.txt", "a/b.jsonl:col", "hub:o/n@r/c/s")
-    assert [default_name(name) for name in names] == ["pydoc", "b", "b", "n"]
 
 
 # Real text.

@@ -18,7 +18,7 @@ from qmerge.cli import group, status
 from qmerge.errors import CheckpointError, InputError, RecipeError
 from qmerge.export import export
 from qmerge.formats import open_format
-from qmerge.recipe import Recipe
+from qmerge.recipe import Dtype, Recipe
 from qmerge.storage.checkpoint import Checkpoint
 from tests.adapters import tiny
 
@@ -339,7 +339,7 @@ def with_value(source: Path, folder: Path, name: str, value: float, where: int |
     ],
 )
 def test_a_dense_base_with_values_that_are_not_finite(
-    name: str, value: float, dtype: str, tiny_original: Path, tiny_adapter: Path, tmp_path: Path
+    name: str, value: float, dtype: Dtype, tiny_original: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     base = with_value(tiny_original, tmp_path / "base", name, value)
     for adapter in ((), (str(tiny_adapter),)):

@@ -29,13 +29,13 @@ class Floor:
 FLOORS = (
     Floor(
         name="words",
-        modules=("errors", "names", "options", "recipe", "results", "progress", "meter"),
+        modules=("errors", "names", "options", "specs", "recipe", "results", "progress", "meter"),
         ladder=True,
     ),
     Floor(name="bytes", modules=("storage", "heap", "precision")),
     Floor(name="tensors", modules=("formats", "adapters", "gptq")),
     Floor(name="measures", modules=("measure",)),
-    Floor(name="models", modules=("corpus", "model")),
+    Floor(name="models", modules=("documents", "corpus", "model"), ladder=True),
     Floor(
         name="intent",
         modules=(
@@ -79,6 +79,8 @@ FILES = {
     "storage": ("files", "headers", "pickled", "checkpoint", "shards", "journal"),
     "formats": (
         "settings",
+        "checks",
+        "integer",
         "base",
         "packing",
         "dense",
@@ -119,6 +121,7 @@ FILES = {
         "paused",
         "residual",
         "frame",
+        "probe",
         "weights",
         "opening",
         "reshape",
@@ -127,7 +130,10 @@ FILES = {
     "stages": ("substitute", "evaluate", "merge", "remedies", "requantize", "head"),
     "walk": ("ground", "notes", "arms", "live", "ledger", "releases"),
     "report": (
-        "words",
+        "figures",
+        "verdict",
+        "lines",
+        "glossary",
         "text",
         "json",
         "markdown",

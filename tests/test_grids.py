@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import transformers
 
-from qmerge.formats.writing import OutputFormat
 from qmerge.gptq import GridSpec
 from qmerge.grids import beside, grids, opened_by, serving_notes, torn
 from qmerge.job import Faults
 from qmerge.model.skeleton import Skeleton, build_skeleton
-from qmerge.recipe import Recipe
+from qmerge.recipe import OutputFormat, Recipe
 from tests import checkpoints
 
 SPEC = GridSpec(bits=4, group_size=32)

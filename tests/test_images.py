@@ -69,7 +69,14 @@ def load(file: Path, processor: Any, length: int = 48, windows: int = 8) -> Corp
     rows = image_rows(str(file))
     assert rows is not None
     return load_images(
-        str(file), rows, processor, sequence_length=length, windows=windows, role="calibration"
+        str(file),
+        rows,
+        processor,
+        sequence_length=length,
+        windows=windows,
+        name="calibration",
+        role="calibration",
+        seed=0,
     )
 
 

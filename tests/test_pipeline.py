@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qmerge import cli
-from qmerge.cli.outputs import finish
+from qmerge.cli.outputs import Outputs
 from qmerge.errors import ModelError, PlanError, StorageError
 from qmerge.evaluate import evaluate
 from qmerge.formats import open_format
@@ -523,7 +523,7 @@ def test_a_release_without_finite_scores_does_not_pass(asked: Recipe, tmp_path: 
             tensors["model.norm.weight"][3] = math.nan
         save_file(tensors, file, metadata={"format": "pt"})
     result = run(replace(asked, base=base, adapter=(), out=out))
-    assert finish(result, False, junit) == 1
+    assert Outputs(junit=junit).finish(result) == 1
     assert 'failures="1"' in junit.read_text()
     assert (out / "qmerge_report.json").is_file()
 
@@ -633,8 +633,8 @@ def test_merge_is_held_against_the_live_adapter(
     assert (verdict.limit, verdict.passed) == ("merge", False)
     assert "merging moved model.layers." in verdict.text
     assert "does not pass: what merging moved" in " ".join(render(result, "text").split())
-    assert finish(result, as_json=True) == 1
-    assert finish(whole, as_json=True) == 0
+    assert Outputs(as_json=True).finish(result) == 1
+    assert Outputs(as_json=True).finish(whole) == 0
     moved = [layer.merge for layer in result.layers]
     assert all(each is not None and each > 2**-8 for each in moved)
 

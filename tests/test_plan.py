@@ -18,7 +18,7 @@ from qmerge import machine
 from qmerge.cli import status
 from qmerge.errors import PlanError
 from qmerge.export import export
-from qmerge.job import partial
+from qmerge.job import partial_folder
 from qmerge.pipeline import run
 from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
@@ -290,12 +290,12 @@ def test_a_disk_or_a_memory_that_is_too_small_is_a_fault(
     assert [fault.where for fault in make_plan(asked).faults] == ["--out", "--memory"]
     assert sorted(asked.out.parent.iterdir()) == before
     # What a stopped run has left is room that it goes on in.
-    partial(asked.out).mkdir()
-    (partial(asked.out) / "shard").write_bytes(b"1")
+    partial_folder(asked.out).mkdir()
+    (partial_folder(asked.out) / "shard").write_bytes(b"1")
     (fault, other) = make_plan(asked).faults
     assert (fault.where, other.where) == ("--memory", "--out")
     assert "no run has left it" in other.message
-    (partial(asked.out) / "journal.jsonl").touch()
+    (partial_folder(asked.out) / "journal.jsonl").touch()
     assert [fault.where for fault in make_plan(asked).faults] == ["--memory"]
 
 

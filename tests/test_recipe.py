@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmerge.corpus import split_column
+from qmerge.documents import split_column
 from qmerge.errors import RecipeError
 from qmerge.options import build, options
-from qmerge.recipe import Contestant, EvaluateRecipe, Recipe
+from qmerge.recipe import EvaluateRecipe, Recipe
+from qmerge.specs import Contestant
 
 PATHS = {"base": "b", "adapter": "a", "out": "o"}
 
@@ -63,6 +64,7 @@ def test_every_option_is_documented() -> None:
             [("general", "wiki.txt", "general"), ("own", "own.txt", "in_domain")],
         ),
         (["general=wiki.txt"], [("general", "wiki.txt", "general")]),
+        (["a/b.jsonl:column"], [("b", "a/b.jsonl:column", "in_domain")]),
         (["pydoc-eval"], [("pydoc-eval", "pydoc-eval", "in_domain")]),
         (
             ["hub:Org/wikitext@main/raw/test:text", "dir/a=b.txt"],
@@ -106,6 +108,15 @@ def test_all_contradictions_are_listed_together() -> None:
 )
 def test_contestants(spec: str, expected: Contestant) -> None:
     assert EvaluateRecipe(models=(spec,)).contestants() == (expected,)
+
+
+def test_a_folder_with_signs_in_its_name_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run+1/base").mkdir(parents=True)
+    expected = Contestant(name="base", folder=Path("run+1/base"), adapter=None)
+    assert EvaluateRecipe(models=("run+1/base",)).contestants() == (expected,)
 
 
 def test_evaluate_wants_distinct_names_and_a_reference_among_them() -> None:

@@ -20,8 +20,9 @@ from qmerge.errors import InputError
 from qmerge.options import build
 from qmerge.pipeline import run
 from qmerge.recipe import Recipe
-from qmerge.release import REPORT, seal, unseal
+from qmerge.release import seal, unseal
 from qmerge.reread import read_report
+from qmerge.results import REPORT
 from qmerge.verify import Against, Verification, proof, verify
 from qmerge.verify.findings import Findings
 from qmerge.verify.loading import text_at_hand

@@ -17,22 +17,8 @@ from qmerge.adapters.kinds import SPLIT_INITS, base_init, refusal
 from qmerge.adapters.landing import base_names
 from qmerge.adapters.source import Adapter
 from qmerge.errors import AdapterError, PlanError, RecipeError
+from qmerge.recipe import Combination
 from qmerge.storage.headers import TensorInfo
-
-METHODS = (
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
-"""PEFT's names for the ways to combine LoRA adapters."""
 
 LOST_OPTIONS = (
     "modules_to_save",
@@ -54,10 +40,9 @@ def combine(
     model: Any,
     adapters: Sequence[Adapter],
     weights: Sequence[float],
-    method: str,
+    method: Combination,
     *,
     density: float | None = None,
-    svd_rank: int | None = None,
     seed: int = 0,
     allow_noop: bool = False,
 ) -> Adapter:
@@ -67,7 +52,7 @@ def combine(
     ones dare keeps. Equal to `add_weighted_adapter` after `torch.manual_seed(seed)`, save that
     rank-stabilized adapters keep their scale, which PEFT multiplies once more. Raises PlanError
     with every fault of the single adapters, AdapterError for adapters that PEFT cannot combine
-    without loss, RecipeError for an unknown method or a density that it needs.
+    without loss, RecipeError where the method needs a density.
     """
     _check(adapters, method, density)
     injections = [
@@ -86,7 +71,7 @@ def combine(
         torch.manual_seed(seed)
         try:
             peft_model.base_model.add_weighted_adapter(
-                names, list(weights), COMBINED, method, svd_rank=svd_rank, density=density
+                names, list(weights), COMBINED, method, density=density
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(
@@ -97,9 +82,7 @@ def combine(
         return _taken_out(peft_model, adapters, whole)
 
 
-def _check(adapters: Sequence[Adapter], method: str, density: float | None) -> None:
-    if method not in METHODS:
-        raise RecipeError(f"--combine {method!r} is unknown", hint=f"one of {', '.join(METHODS)}")
+def _check(adapters: Sequence[Adapter], method: Combination, density: float | None) -> None:
     if density is None and method.startswith(("ties", "dare", "magnitude_prune")):
         raise RecipeError(
             f"--combine {method} needs a density",

@@ -19,6 +19,7 @@ from qmerge.adapters import unit
 from qmerge.adapters.source import Adapter
 from qmerge.adapters.spelling import Spelling, understand
 from qmerge.errors import AdapterError, Fault
+from qmerge.names import listed
 
 ROOT = "base_model.model."
 """Where PEFT keeps the model inside its own."""
@@ -62,9 +63,9 @@ def land(peft_model: Any, adapter: Adapter) -> Landing:
     missing = sorted(lost or complete.keys() - landed.keys())
     homeless = sorted(final.keys() - state.keys())
     faults = (
-        *listed(path, contradictions(spelling, tensors), DOUBLED),
-        *listed(path, homeless, LEFT_OVER),
-        *listed(path, missing, OTHER_MODEL if homeless or wrong else MISSING),
+        *of_kind(path, contradictions(spelling, tensors), DOUBLED),
+        *of_kind(path, homeless, LEFT_OVER),
+        *of_kind(path, missing, OTHER_MODEL if homeless or wrong else MISSING),
         *wrong,
         *not_finite(named, path),
     )
@@ -90,14 +91,10 @@ NOT_FINITE = ("holds values that are not finite", BROKEN_HINT)
 NOT_FLOAT = ("holds whole numbers where weights belong", PARTIAL_HINT)
 
 
-def listed(path: str, names: Iterable[str], kind: tuple[str, str]) -> list[Fault]:
+def of_kind(path: str, names: Iterable[str], kind: tuple[str, str]) -> list[Fault]:
     """One fault that names the first few tensors, or none."""
-    shown = list(names)
-    if not shown:
-        return []
-    text = ", ".join(name.removeprefix(ROOT) for name in shown[:NAMED_AT_ONCE])
-    rest = f" and {len(shown) - NAMED_AT_ONCE} more" if len(shown) > NAMED_AT_ONCE else ""
-    return [Fault(where=path, message=f"{kind[0]}: {text}{rest}", hint=kind[1])]
+    found = listed((name.removeprefix(ROOT) for name in names), NAMED_AT_ONCE)
+    return [Fault(where=path, message=f"{kind[0]}: {found}", hint=kind[1])] if found else []
 
 
 def contradictions(spelling: Spelling, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -186,14 +183,14 @@ def wrong_values(
             (shapes, MISSHAPEN),
             (kinds, NOT_FLOAT),
         )
-        for fault in listed(path, names, kind)
+        for fault in of_kind(path, names, kind)
     ]
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], path: str) -> list[Fault]:
-    """Of the tensors as they are saved: PEFT makes infinities of some (VB-LoRA's logits)."""
+    """Judged as they are saved: PEFT itself makes infinities of some (VB-LoRA's logits)."""
     found = (name for name, t in tensors.items() if not bool(torch.isfinite(t).all()))
-    return listed(path, found, NOT_FINITE)
+    return of_kind(path, found, NOT_FINITE)
 
 
 def _with_aliases(

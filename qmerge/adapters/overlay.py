@@ -21,8 +21,8 @@ from qmerge.adapters.landing import (
     DOUBLED,
     LEFT_OVER,
     contradictions,
-    listed,
     not_finite,
+    of_kind,
     wrong_values,
 )
 from qmerge.adapters.probe import NOOP, NOOP_HINT, Rows, no_rows, same_values
@@ -71,7 +71,7 @@ class Overlay:
     def fill(
         self, module: nn.Module, tensors: Mapping[str, torch.Tensor], *, taken: bool = False
     ) -> None:
-        """Put base weights into a live module, or the trained ones where there are such."""
+        """Put base weights into a live module, or the trained ones in their place."""
         unit.put(module, tensors, self.values, taken=taken)
 
     def merge(self, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ class Overlay:
         return unit.plain_tensors(module)
 
     def row_merger(self, parameter: str) -> MergeRows | None:
-        """Of no use where a whole parameter is at hand."""
+        """None: the whole parameter is at hand."""
         return None
 
 
@@ -109,10 +109,10 @@ def overlay(
     lost = sorted(named.keys() - places.keys() - set(doubled))
     where = str(file)
     faults = (
-        *listed(
+        *of_kind(
             where, contradictions(spelling, {n: tensors[own] for n, own in found.items()}), DOUBLED
         ),
-        *listed(where, lost, HOMELESS),
+        *of_kind(where, lost, HOMELESS),
         *wrong_values(landed, places, where),
         *not_finite(landed, where),
     )

@@ -40,7 +40,7 @@ NOOP_HINT = "merge a checkpoint that was trained, or give --allow-noop"
 
 
 def no_rows(_name: str, _start: int, _stop: int) -> None:
-    """Of a base that is not at hand."""
+    """`Rows` of a base that is not at hand."""
 
 
 def probe(injection: Injection, *, allow_noop: bool, base: Rows) -> tuple[Fault, ...]:

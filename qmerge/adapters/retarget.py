@@ -21,7 +21,7 @@ WHOLE = ("weight", "bias")
 
 
 def retarget(config: Any, model: nn.Module, tensors: Iterable[str]) -> bool:
-    """Let a configuration target just the modules that `tensors` belong to; whether there are such.
+    """Let a configuration target just the modules that `tensors` belong to; False where none does.
 
     For one whose own targets are nowhere in the model.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -161,7 +162,7 @@ class Adapter:
             "options": [name for name in SHOWN_OPTIONS if self.config.get(name)],
             "base": self.base_name,
             "tensors": len(self.tensors),
-            "parameters": sum(_count(tensor.shape) for tensor in self.tensors.values()),
+            "parameters": sum(math.prod(tensor.shape) for tensor in self.tensors.values()),
             "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in self.tensors.values()}),
             "refusal": self.refusal,
             "notes": list(self.notes),
@@ -207,7 +208,7 @@ def open_adapter(path: str | Path) -> Adapter:
 
 
 def _whatever(folder: Path) -> dict[str, TensorInfo]:
-    """What there is of an adapter that cannot be merged anyway."""
+    """Headers of an adapter that will be refused; nothing where its file cannot be read."""
     try:
         return read_headers(weights_file(folder))
     except AdapterError:
@@ -349,7 +350,3 @@ def _as_adapter_error() -> Iterator[None]:
 def _is_embedding(name: str) -> bool:
     *_, module, leaf = ("", *(part for part in bare(name).split(".") if part != "base_layer"))
     return leaf == "weight" and module in EMBEDDING_NAMES
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
-from qmerge.cli.options import Command, json_option, recipe_options
-from qmerge.cli.outputs import ci_options, log_option, tell
+from qmerge.cli.options import Command, recipe_options
+from qmerge.cli.outputs import Outputs, with_outputs
 from qmerge.cli.progress import display
 from qmerge.options import build
 from qmerge.recipe import CompareRecipe
@@ -18,18 +17,8 @@ from qmerge.recipe import CompareRecipe
 @click.argument("old")
 @click.argument("new")
 @recipe_options(CompareRecipe)
-@log_option
-@ci_options
-@json_option
-def command(
-    old: str,
-    new: str,
-    as_json: bool,
-    junit: Path | None,
-    github: bool,
-    log_json: Path | None,
-    **flags: object,
-) -> int:
+@with_outputs
+def command(old: str, new: str, outputs: Outputs, **flags: object) -> int:
     """Say whether NEW is better or worse than OLD, or no different beyond noise.
 
     Both are releases, or their qmerge_report.json, that were scored on the same text; with --eval
@@ -40,7 +29,7 @@ def command(
     """
     asked = build(CompareRecipe, {**flags, "old": old, "new": new})
 
-    with display(log_json) as progress:
+    with display(outputs.log_json) as progress:
         from qmerge.compare import compare
 
         found = compare(asked, progress)
@@ -49,10 +38,10 @@ def command(
     from qmerge.results import encode
 
     checked = of_comparison(found.comparison, found.new)
-    if as_json:
+    if outputs.as_json:
         answer = {**encode(found.comparison), "gate": encode(found.new.gate)}
         click.echo(json.dumps(answer, indent=2))
     else:
         click.echo(checked.text.rstrip())
-    tell(checked, junit, github)
+    outputs.tell(checked)
     return 0 if found.passed else 1

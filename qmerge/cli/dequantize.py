@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.export import Dtype, dtype_option, write_dense
+from qmerge.cli.export import dtype_option, write_dense
 from qmerge.cli.options import Command, json_option, recipe_options
 from qmerge.options import build
-from qmerge.recipe import Recipe
+from qmerge.recipe import Dtype, Recipe
 
 
 @click.command("dequantize", cls=Command)
@@ -18,7 +18,7 @@ from qmerge.recipe import Recipe
 @dtype_option
 @recipe_options(Recipe, only=("trust_remote_code",))
 @json_option
-def command(base: Path, out: Path, dtype: Dtype, as_json: bool, **flags: object) -> None:
+def command(base: Path, out: Path, dtype: Dtype | None, as_json: bool, **flags: object) -> None:
     """Write a base as a dense checkpoint.
 
     BASE is decoded as its own runtime decodes it and written to OUT, one layer at a time.

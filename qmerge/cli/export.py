@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from qmerge.cli.options import Flag
 from qmerge.cli.progress import display
-from qmerge.recipe import Recipe
+from qmerge.recipe import Dtype, Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-Dtype = Literal["float32", "bfloat16", "float16"] | None
 
 
 def dtype_option(command: F) -> F:
@@ -21,12 +20,12 @@ def dtype_option(command: F) -> F:
     return click.option(
         "--dtype",
         cls=Flag,
-        type=click.Choice(["float32", "bfloat16", "float16"]),
+        type=click.Choice(get_args(Dtype)),
         help="Dtype of the weights.  [default: the model's own 16-bit dtype]",
     )(command)
 
 
-def write_dense(recipe: Recipe, dtype: Dtype, as_json: bool) -> None:
+def write_dense(recipe: Recipe, dtype: Dtype | None, as_json: bool) -> None:
     """Export with progress on stderr, and say on stdout what was written."""
     with display() as progress:
         from qmerge.export import export
@@ -37,7 +36,7 @@ def write_dense(recipe: Recipe, dtype: Dtype, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(written, indent=2))
         return
-    from qmerge.report.words import size
+    from qmerge.report.figures import size
 
     merged = f"{len(written['merged'])} merged, " if written["merged"] else ""
     click.echo(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.export import Dtype, dtype_option, write_dense
+from qmerge.cli.export import dtype_option, write_dense
 from qmerge.cli.options import MERGING, Command, json_option, recipe_options
 from qmerge.errors import RecipeError
 from qmerge.options import build
-from qmerge.recipe import Recipe
+from qmerge.recipe import Dtype, Recipe
 
 
 @click.command("merge", cls=Command)
@@ -21,7 +21,12 @@ from qmerge.recipe import Recipe
 @recipe_options(Recipe, only=(*MERGING, "seed", "trust_remote_code"))
 @json_option
 def command(
-    base: Path, adapter: tuple[str, ...], out: Path, dtype: Dtype, as_json: bool, **flags: object
+    base: Path,
+    adapter: tuple[str, ...],
+    out: Path,
+    dtype: Dtype | None,
+    as_json: bool,
+    **flags: object,
 ) -> None:
     """Merge adapters into a base, dense.
 

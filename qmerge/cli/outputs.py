@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qmerge.cli.options import Flag
+from qmerge.cli.options import Flag, json_option
 from qmerge.errors import RecipeError, StorageError
 
 if TYPE_CHECKING:
@@ -54,49 +56,60 @@ def _writable(_: click.Context, option: click.Parameter, file: Path | None) -> P
     return file
 
 
-def ci_options(command: F) -> F:
-    """--junit and --github."""
-    command = click.option(
-        "--github",
-        cls=Flag,
-        is_flag=True,
-        help="Tell GitHub Actions: a job summary, and an annotation for each limit that fell.",
-    )(command)
-    return file_option("--junit", "junit", "Write the checks as JUnit XML.")(command)
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a command's answer goes, by the options of `with_outputs`."""
+
+    as_json: bool = False
+    junit: Path | None = None
+    github: bool = False
+    log_json: Path | None = None
+
+    def finish(self, result: RunResult) -> int:
+        """Print what was measured, tell those who asked, and say whether all limits hold."""
+        from qmerge.report import render
+
+        click.echo(render(result, "json" if self.as_json else "text").rstrip())
+        if self.junit is not None or self.github:
+            from qmerge.report.checks import of_result
+
+            self.tell(of_result(result))
+        return 0 if all(verdict.passed for verdict in result.gate) else 1
+
+    def tell(self, checked: Checked) -> None:
+        """Write what was asked for; annotations go to stderr, where GitHub reads them as well."""
+        if self.junit is not None:
+            from qmerge.report.junit import render
+
+            write(self.junit, render(checked))
+        if self.github:
+            from qmerge.report.github import commands, summary
+
+            print(commands(checked), end="", file=sys.stderr, flush=True)
+            if os.environ.get(SUMMARY):
+                _append(Path(os.environ[SUMMARY]), summary(checked))
 
 
-def log_option(command: F) -> F:
-    """--log-json."""
-    help = "Write what is shown of the progress as JSON, an event a line."
-    return file_option("--log-json", "log_json", help)(command)
+def with_outputs(command: Callable[..., int]) -> Callable[..., int]:
+    """--log-json, --junit, --github and --json, which the command gets as `outputs`."""
 
+    @functools.wraps(command)
+    def wrapped(
+        *, as_json: bool, junit: Path | None, github: bool, log_json: Path | None, **given: Any
+    ) -> int:
+        outputs = Outputs(as_json=as_json, junit=junit, github=github, log_json=log_json)
+        return command(outputs=outputs, **given)
 
-def finish(
-    result: RunResult, as_json: bool, junit: Path | None = None, github: bool = False
-) -> int:
-    """Print what was measured, tell those who asked, and say whether all limits hold."""
-    from qmerge.report import render
-
-    click.echo(render(result, "json" if as_json else "text").rstrip())
-    if junit is not None or github:
-        from qmerge.report.checks import of_result
-
-        tell(of_result(result), junit, github)
-    return 0 if all(verdict.passed for verdict in result.gate) else 1
-
-
-def tell(checked: Checked, junit: Path | None, github: bool) -> None:
-    """Write what was asked for; the annotations go to stderr, where GitHub reads them as well."""
-    if junit is not None:
-        from qmerge.report.junit import render
-
-        write(junit, render(checked))
-    if github:
-        from qmerge.report.github import commands, summary
-
-        print(commands(checked), end="", file=sys.stderr, flush=True)
-        if os.environ.get(SUMMARY):
-            _append(Path(os.environ[SUMMARY]), summary(checked))
+    told = "Tell GitHub Actions: a job summary, and an annotation for each limit that fell."
+    log = "Write what is shown of the progress as JSON, an event a line."
+    for option in (
+        json_option,
+        click.option("--github", cls=Flag, is_flag=True, help=told),
+        file_option("--junit", "junit", "Write the checks as JUnit XML."),
+        file_option("--log-json", "log_json", log),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def write(file: Path, text: str) -> None:

@@ -6,42 +6,32 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.options import MERGING, Command, json_option, recipe_options
-from qmerge.cli.outputs import ci_options, finish, log_option
+from qmerge.cli.options import MERGING, Command, recipe_options
+from qmerge.cli.outputs import Outputs, with_outputs
 from qmerge.cli.progress import display
 from qmerge.options import build
 from qmerge.recipe import Recipe
 
 GIVEN = ("base", "adapter", "out", "original", "strategy", "force")
 OF_ADAPTERS = (*MERGING, "unit_survival", "min_survival")
-"""What is about an adapter, and here there is none."""
+"""Options that are about an adapter; here is no adapter."""
 
 
 @click.command("quantize", cls=Command)
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @recipe_options(Recipe, without=(*GIVEN, *OF_ADAPTERS))
-@log_option
-@ci_options
-@json_option
-def command(
-    dense: Path,
-    out: Path,
-    as_json: bool,
-    junit: Path | None,
-    github: bool,
-    log_json: Path | None,
-    **flags: object,
-) -> int:
+@with_outputs
+def command(dense: Path, out: Path, outputs: Outputs, **flags: object) -> int:
     """Quantize a model with GPTQ, and measure what that cost.
 
     DENSE is any model folder that qmerge reads; the release is written to OUT with its report.
     """
     asked = build(Recipe, {**flags, "base": dense, "out": out})
 
-    with display(log_json) as progress:
+    with display(outputs.log_json) as progress:
         from qmerge.pipeline import run
 
         result = run(asked, progress)
 
-    return finish(result, as_json, junit, github)
+    return outputs.finish(result)

@@ -6,28 +6,19 @@ from pathlib import Path
 
 import click
 
-from qmerge.cli.options import Command, json_option, recipe_options
-from qmerge.cli.outputs import ci_options, finish, log_option
+from qmerge.cli.options import Command, recipe_options
+from qmerge.cli.outputs import Outputs, with_outputs
 from qmerge.cli.progress import display
 from qmerge.errors import RecipeError
-from qmerge.options import build
+from qmerge.options import made, said
 from qmerge.recipe import Recipe
 
 
 @click.command("run", cls=Command)
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @recipe_options(Recipe)
-@log_option
-@ci_options
-@json_option
-def command(
-    recipe: Path | None,
-    as_json: bool,
-    junit: Path | None,
-    github: bool,
-    log_json: Path | None,
-    **flags: object,
-) -> int:
+@with_outputs
+def command(recipe: Path | None, outputs: Outputs, **flags: object) -> int:
     """Merge, requantize, and measure what that cost.
 
     RECIPE is a YAML file whose keys are the options below with underscores (symmetric: true for
@@ -37,21 +28,14 @@ def command(
     stay, and the exit code is 1. A RECIPE that says adapter: [], as that of a `qmerge quantize`
     release does, is for a model without one.
     """
-    asked = build(Recipe, flags, file=recipe)
-    if not asked.adapter and asked.partial_state is None and not without_adapter(recipe):
+    given = said(Recipe, flags, file=recipe)
+    asked = made(Recipe, given)
+    if given.keys().isdisjoint(("adapter", "partial_state")):
         raise RecipeError("missing: --adapter", hint="`qmerge quantize` is for models without one")
 
-    with display(log_json) as progress:
+    with display(outputs.log_json) as progress:
         from qmerge.pipeline import run
 
         result = run(asked, progress)
 
-    return finish(result, as_json, junit, github)
-
-
-def without_adapter(recipe: Path | None) -> bool:
-    """Whether a recipe that could be read says that there is no adapter: one that says nothing of
-    it may have forgotten it."""
-    import yaml
-
-    return recipe is not None and (yaml.safe_load(recipe.read_bytes()) or {}).get("adapter") == []
+    return outputs.finish(result)

@@ -122,7 +122,7 @@ def _against(
 
 def table(found: Verification) -> str:
     """A line per check: outcome, name, sentence."""
-    from qmerge.report.words import printable
+    from qmerge.report.figures import printable
 
     width = max(len(check.name) for check in found.checks)
     lines = (f"{c.outcome}  {c.name:<{width}}  {c.text}" for c in found.checks)

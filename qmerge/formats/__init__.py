@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.awq import AwqReader
-from qmerge.formats.base import Format, FormatSummary, IntegerWeight, StoredWeight
+from qmerge.formats.base import Format, FormatSummary, StoredWeight
 from qmerge.formats.bitsandbytes import BitsandbytesReader
 from qmerge.formats.compressed_tensors import CompressedTensorsReader
 from qmerge.formats.dense import DenseReader
 from qmerge.formats.fp8 import Fp8Reader
 from qmerge.formats.gptq import GptqReader
+from qmerge.formats.integer import IntegerWeight
 from qmerge.formats.mxfp4 import Mxfp4Reader
 from qmerge.formats.settings import read_settings
 from qmerge.storage.checkpoint import Checkpoint

@@ -6,7 +6,7 @@ and qzeros int32 [G, O/8], both packed along O in the order below; scales [G, O]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,21 +16,24 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.base import (
-    DENSE_DTYPES,
     FormatSummary,
-    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
     dense_weights,
-    expect_dtype,
-    expect_finite,
-    expect_shape,
     modules_with,
-    nothing_quantized,
-    required,
     tally,
 )
+from qmerge.formats.checks import (
+    DENSE_DTYPES,
+    expect_dtype,
+    expect_finite,
+    expect_group_size,
+    expect_shape,
+    nothing_quantized,
+    required,
+)
+from qmerge.formats.integer import PackedWeight, group_count
 from qmerge.formats.settings import Settings
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.headers import TensorInfo
@@ -58,22 +61,10 @@ class AwqLinear:
         return f"{self.module}.{suffix}"
 
 
-class AwqReader(Reader):
+class AwqReader(Reader[AwqLinear]):
     """AWQ as AutoAWQ and gptqmodel write it for the gemm kernel."""
 
     methods: ClassVar[tuple[str, ...]] = ("awq",)
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        linears: Mapping[str, AwqLinear],
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self._linears = linears
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
@@ -90,14 +81,14 @@ class AwqReader(Reader):
         weights += [_weight(name, linear, dtype) for name, linear in linears.items()]
         return cls(
             checkpoint,
-            linears=linears,
+            layouts=linears,
             name="awq-gemm",
             weights=weights,
             summary=_summary(settings, weights),
         )
 
     def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight:
-        linear = self._linears[weight.name]
+        linear = self.layouts[weight.name]
         qweight, qzeros, scales_GO = (
             self.checkpoint.read(linear.stored(suffix)) for suffix in SUFFIXES
         )
@@ -156,11 +147,8 @@ def _describe(module: str, parts: Mapping[str, TensorInfo], settings: Settings) 
     if len(qweight.shape) != 2:
         raise CheckpointError(f"{qweight.name}: shape {list(qweight.shape)} is no matrix")
     in_features, out_features = qweight.shape[0], qweight.shape[1] * PER_WORD
-    group_size = settings.integer("group_size", 128)
-    if group_size != -1 and group_size < 1:
-        raise CheckpointError(f"{settings.file}: group size {group_size} for {module}")
-    group_size = -1 if group_size >= in_features else group_size
-    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    group_size = expect_group_size(module, settings, in_features, default=128)
+    groups = group_count(in_features, group_size)
     of = f"{BITS} bits, group size {group_size}"
     expect_shape(f"{module}.scales", scales.shape, (groups, out_features), of)
     expect_shape(f"{module}.qzeros", qzeros.shape, (groups, qweight.shape[1]), of)

@@ -1,27 +1,27 @@
 """What every reader hands out: the model's dense tensors, whatever they are stored as.
 
-Shapes: O out features, I in features, G groups along I.
+Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
+from qmerge.formats.checks import DENSE_DTYPES
+from qmerge.formats.integer import ALL, IntegerWeight, PackedWeight
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.headers import TensorInfo
 
-# Elements decoded at a time, so that the passes over them stay in cache.
-CHUNK = 1 << 19
-
-ALL = slice(None)
+L = TypeVar("L")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # What quantized tensors are called. One that no weight claimed means that the settings and the
 # files disagree, and a tensor dropped in silence is a wrong model.
@@ -60,117 +60,6 @@ ACTIVATION_ENDINGS = (
     ".v_scale",
 )
 
-DENSE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-WORD_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntegerGrid:
-    """Where the codes of a weight lie: W[o, i] = scale[o, g(i)] · (code[o, i] − zero[o, g(i)])."""
-
-    scales_OG: Tensor
-    """In the dtype they are stored in."""
-    zeros_OG: Tensor
-    """int32, the true zero point on the scale of the codes."""
-    g_idx_I: Tensor | None
-    """int32 group of each column; None where column i lies in group i // group_size."""
-    bits: int
-    group_size: int
-    """Columns per group; −1 is one group over the whole input."""
-    symmetric: bool
-
-    def columns(self, width: int) -> Tensor:
-        """The group of each of `width` columns as int64, whether it is written down or not."""
-        if self.g_idx_I is not None:
-            return self.g_idx_I.long()
-        return torch.arange(width) // (width if self.group_size == -1 else self.group_size)
-
-    def decode(
-        self, shape: tuple[int, int], codes: Callable[[slice], Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """The weight of `shape` whose codes are asked for some rows at a time: computed in fp32,
-        and rounded once if `dtype` is narrower.
-
-        In fp32 it is exact for scales of 16 bits: code − zero has at most 9.
-        """
-        width = shape[1]
-        scales, zeros = self.scales_OG.float(), self.zeros_OG.float()
-        groups = scales.shape[1]
-        if self.g_idx_I is None and (groups == 1 or groups * self.group_size == width):
-            scales, zeros = scales.unsqueeze(2), zeros.unsqueeze(2)
-
-            def fill(rows: slice, out: Tensor) -> None:
-                part = out.copy_(codes(rows)).view(-1, groups, width // groups)
-                part.sub_(zeros[rows]).mul_(scales[rows])
-        else:
-            columns = self.columns(width)
-
-            def fill(rows: slice, out: Tensor) -> None:
-                offsets, steps = (of[rows].index_select(1, columns) for of in (zeros, scales))
-                out.copy_(codes(rows)).sub_(offsets).mul_(steps)
-
-        return by_rows(shape, dtype, fill)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntegerWeight(IntegerGrid):
-    """A weight on an integer grid."""
-
-    codes_OI: Tensor
-    """uint8, 0 to 2^bits − 1."""
-
-    @property
-    def group_of_column(self) -> Tensor:
-        """The group of each column as int64, whether it is written down or not."""
-        return self.columns(self.codes_OI.shape[1])
-
-    def rows(self, start: int, stop: int) -> IntegerWeight:
-        """Some of the rows, on the same groups."""
-        part = slice(start, stop)
-        return replace(
-            self,
-            codes_OI=self.codes_OI[part],
-            scales_OG=self.scales_OG[part],
-            zeros_OG=self.zeros_OG[part],
-        )
-
-    def to(self, device: torch.device | str) -> IntegerWeight:
-        """The same on a device."""
-        tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [O, I]."""
-        high, wide = self.codes_OI.shape
-        return self.decode((high, wide), lambda rows: self.codes_OI[rows], dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedWeight(IntegerGrid):
-    """The same, unpacked some rows at a time: what lies between stays in cache."""
-
-    shape: tuple[int, int]
-    codes: Callable[[slice], Tensor]
-    """Some rows of the codes, uint8."""
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [O, I]."""
-        return self.decode(self.shape, self.codes, dtype)
-
-    def rows(self, start: int, stop: int) -> PackedWeight:
-        """Some of the rows."""
-        return replace(
-            self,
-            shape=(stop - start, self.shape[1]),
-            codes=lambda part: self.codes(slice(start + part.start, start + part.stop)),
-            scales_OG=self.scales_OG[start:stop],
-            zeros_OG=self.zeros_OG[start:stop],
-        )
-
-    def unpacked(self) -> IntegerWeight:
-        grid = {each.name: getattr(self, each.name) for each in fields(IntegerGrid)}
-        return IntegerWeight(codes_OI=self.codes(ALL), **grid)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
@@ -179,12 +68,12 @@ class StoredWeight:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of the stored tensor where it is dense, else the 16-bit dtype it stands for."""
+    """What the tensor is stored in where it is dense, else the 16-bit dtype it stands for."""
     quantized: bool
     sources: tuple[str, ...]
     """The stored tensors it is decoded from."""
     bits: int | None = None
-    """Of a code; None where it is not quantized."""
+    """Bits of a code; None where it is not quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +137,11 @@ class Format(Protocol):
         ...
 
 
-class Reader:
+class Reader(Generic[L]):
     """What readers share: tensors stored as they are, and errors about names.
 
-    A format adds `_grid` where its weights lie on an integer grid, else `_decode`.
+    A format adds `_grid` where its weights lie on an integer grid, else `_decode`. `layouts` is
+    what it has to know for that of each quantized weight.
     """
 
     def __init__(
@@ -261,6 +151,7 @@ class Reader:
         name: str,
         weights: Iterable[StoredWeight],
         summary: FormatSummary,
+        layouts: Mapping[str, L] = NOTHING,
     ) -> None:
         self.checkpoint = checkpoint
         self.name = name
@@ -268,6 +159,7 @@ class Reader:
             weight.name: weight for weight in sorted(weights, key=lambda weight: weight.name)
         }
         self.summary = summary
+        self.layouts = layouts
 
     def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         weight = self._find(name)
@@ -312,7 +204,7 @@ class Reader:
         return self.weights[name]
 
 
-class Wrapper(Reader):
+class Wrapper(Reader[None]):
     """A reader on top of another, which reads what this one does not decode itself."""
 
     inner: Format
@@ -331,25 +223,6 @@ class Wrapper(Reader):
         if self._find(name).quantized:
             return iter(torch.split(self.dense(name, dtype), rows))
         return self.inner.pieces(name, rows, dtype)
-
-
-def by_rows(
-    shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[slice, Tensor], None]
-) -> Tensor:
-    """A new tensor, made some rows at a time.
-
-    `fill` is given the rows and an fp32 tensor to put them in, small enough to stay in cache.
-    """
-    out = torch.empty(shape, dtype=dtype)
-    step = max(1, CHUNK // max(1, math.prod(shape[1:])))
-    buffer = torch.empty(min(step, shape[0]), *shape[1:])
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        part = out[rows] if dtype == torch.float32 else buffer[: rows.stop - start]
-        fill(rows, part)
-        if dtype != torch.float32:
-            out[rows] = part
-    return out
 
 
 def dense_weights(checkpoint: Checkpoint, names: Iterable[str], method: str) -> list[StoredWeight]:
@@ -406,67 +279,6 @@ def tally(weights: Collection[StoredWeight]) -> dict[str, Any]:
     }
 
 
-def nothing_quantized(checkpoint: Checkpoint, file: str | None, method: str) -> CheckpointError:
-    """The settings speak of quantization and no tensor is quantized: a half-made release."""
-    return CheckpointError(
-        f"{checkpoint.path}: {file} says {method}, but no tensor is quantized",
-        hint="remove the settings if the model is dense; else look for the quantized files",
-    )
-
-
-def expect_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], why: str) -> None:
-    """CheckpointError naming the tensor unless its shape is `wanted`."""
-    if tuple(found) != tuple(wanted):
-        raise CheckpointError(
-            f"{name}: shape {list(found)}, where {why} makes it {list(wanted)}",
-            hint="the settings are of another checkpoint, or the file is damaged",
-        )
-
-
-def expect_dtype(info: TensorInfo, wanted: Collection[torch.dtype], what: str) -> None:
-    """CheckpointError naming the tensor unless its dtype is one of `wanted`."""
-    if info.dtype not in wanted:
-        raise CheckpointError(
-            f"{info.name}: stored as {info.dtype}, which no {what} is",
-            hint="the file is damaged or was written by an incompatible program",
-        )
-
-
-def real_group_index(
-    name: str, g_idx_I: Tensor | None, group_size: int, groups: int
-) -> Tensor | None:
-    """The group of each column, or None where it says what the group size says.
-
-    An index of one and the same value beside several groups is one that was never filled in;
-    servers that look at it only under act-order read such files right, and so do we.
-    CheckpointError where it names a group that is not there.
-    """
-    if g_idx_I is None:
-        return None
-    width = len(g_idx_I)
-    g_idx_I = g_idx_I.to(torch.int32)
-    columns = width if group_size == -1 else group_size
-    trivial = torch.arange(width, dtype=torch.int32) // columns
-    if torch.equal(g_idx_I, trivial) or bool((g_idx_I == g_idx_I[0]).all()):
-        return None
-    if int(g_idx_I.min()) < 0 or int(g_idx_I.max()) >= groups:
-        raise CheckpointError(
-            f"{name}: names a group outside 0 to {groups - 1}",
-            hint="the file is damaged or was written by an incompatible program",
-        )
-    return g_idx_I
-
-
-def expect_finite(name: str, tensor: Tensor) -> Tensor:
-    """The tensor; CheckpointError naming it where it holds a NaN or an infinity."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(
-            f"{name}: holds values that are not finite",
-            hint="the quantizer that wrote this checkpoint failed on this layer",
-        )
-    return tensor
-
-
 def modules_with(
     tensors: Mapping[str, TensorInfo], suffixes: Collection[str]
 ) -> tuple[dict[str, dict[str, TensorInfo]], list[str]]:
@@ -484,13 +296,3 @@ def modules_with(
         else:
             others.append(name)
     return dict(found), others
-
-
-def required(module: str, parts: Mapping[str, TensorInfo], suffix: str) -> TensorInfo:
-    """The part, or CheckpointError naming the tensor that is missing."""
-    if suffix not in parts:
-        raise CheckpointError(
-            f"{module}.{suffix} is missing, and {', '.join(sorted(parts))} are there",
-            hint="the download is incomplete: compare the files with the model's page",
-        )
-    return parts[suffix]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -19,19 +19,21 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.base import (
-    DENSE_DTYPES,
     FormatSummary,
     Reader,
     StoredWeight,
-    by_rows,
     common_dtype,
     dense_weights,
+    tally,
+)
+from qmerge.formats.checks import (
+    DENSE_DTYPES,
     expect_dtype,
     expect_finite,
     expect_shape,
     nothing_quantized,
-    tally,
 )
+from qmerge.formats.integer import by_rows
 from qmerge.formats.packing import look_up
 from qmerge.formats.settings import Settings
 from qmerge.storage.checkpoint import Checkpoint
@@ -69,22 +71,10 @@ class BlockState:
         return -(-self.elements // self.blocksize)
 
 
-class BitsandbytesReader(Reader):
+class BitsandbytesReader(Reader[BlockState]):
     """nf4, fp4 and int8 weights, each decoded as bitsandbytes itself does."""
 
     methods: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        states: Mapping[str, BlockState],
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self._states = states
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
@@ -109,14 +99,14 @@ class BitsandbytesReader(Reader):
         kind = next(iter(states.values())).kind if states else "int8"
         return cls(
             checkpoint,
-            states=states,
+            layouts=states,
             name=f"bitsandbytes-{kind}",
             weights=weights,
             summary=_summary(kind, settings, list(states.values()), weights),
         )
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-        state = self._states.get(weight.name)
+        state = self.layouts.get(weight.name)
         if state is not None:
             return self._decode_4bit(weight.name, state, rows, dtype)
         codes, scale = (self.checkpoint.read(name)[rows] for name in weight.sources[:2])

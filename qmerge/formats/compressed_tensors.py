@@ -11,34 +11,35 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats.base import (
-    WORD_DTYPES,
     FormatSummary,
-    IntegerWeight,
-    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
     dense_weights,
+    modules_with,
+    tally,
+)
+from qmerge.formats.checks import (
+    WORD_DTYPES,
     expect_dtype,
     expect_finite,
     expect_shape,
-    modules_with,
     nothing_quantized,
-    real_group_index,
     required,
-    tally,
 )
 from qmerge.formats.fp8 import FP8_DTYPES, SCALE_DTYPES, decode_scaled, expect_scale_shape
+from qmerge.formats.integer import IntegerWeight, PackedWeight, group_count, real_group_index
 from qmerge.formats.packing import WORD, pack, unpack, unpack_word_aligned, words_for
 from qmerge.formats.schemes import PACKED, Scheme, read_schemes, scheme_of
 from qmerge.formats.settings import Settings
+from qmerge.recipe import ActOrder
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.storage.headers import TensorInfo
 
@@ -57,8 +58,7 @@ class CompressedLinear:
 
     @property
     def groups(self) -> int:
-        size = self.scheme.group_size
-        return 1 if size == -1 else -(-self.shape[1] // size)
+        return group_count(self.shape[1], self.scheme.group_size)
 
     @property
     def offset(self) -> int:
@@ -69,22 +69,10 @@ class CompressedLinear:
         return f"{self.module}.{suffix}"
 
 
-class CompressedTensorsReader(Reader):
+class CompressedTensorsReader(Reader[CompressedLinear]):
     """pack-quantized, int-quantized, float-quantized, and mixtures of them."""
 
     methods: ClassVar[tuple[str, ...]] = ("compressed-tensors", "compressed_tensors")
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        linears: Mapping[str, CompressedLinear],
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self._linears = linears
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
@@ -108,14 +96,14 @@ class CompressedTensorsReader(Reader):
         form = settings.text("format", schemes[0].form)
         return cls(
             checkpoint,
-            linears={linear.stored("weight"): linear for linear in found},
+            layouts={linear.stored("weight"): linear for linear in found},
             name=f"compressed-tensors-{form}",
             weights=weights,
             summary=_summary(form, settings, schemes, found, weights),
         )
 
     def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight | None:
-        linear = self._linears[weight.name]
+        linear = self.layouts[weight.name]
         if not linear.scheme.integer:
             return None
         g_idx = self._optional(linear, "weight_g_idx")
@@ -135,7 +123,7 @@ class CompressedTensorsReader(Reader):
         )
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
-        linear = self._linears[weight.name]
+        linear = self.layouts[weight.name]
         if linear.scheme.integer:
             return super()._decode(weight, rows, dtype)
         code, scale = self.checkpoint.read(weight.name), self._scales(linear).to(torch.float32)
@@ -330,7 +318,7 @@ def quantization_config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    order: Literal["none", "group", "full"],
+    order: ActOrder,
     quantized: Mapping[str, tuple[int, int]],
     kept: Iterable[str],
 ) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from qmerge.formats.settings import Settings
 from qmerge.storage.checkpoint import Checkpoint
 
 
-class DenseReader(Reader):
+class DenseReader(Reader[None]):
     """Every tensor is its own weight."""
 
     methods: ClassVar[tuple[str, ...]] = ("none",)

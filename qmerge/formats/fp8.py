@@ -6,7 +6,7 @@ O, blocks of I], usually 128 by 128. The weight is code times scale, despite the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import ClassVar, Self
 
@@ -15,19 +15,15 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError
 from qmerge.formats.base import (
-    ALL,
-    DENSE_DTYPES,
     FormatSummary,
     Reader,
     StoredWeight,
-    by_rows,
     common_dtype,
     dense_weights,
-    expect_dtype,
-    expect_finite,
-    nothing_quantized,
     tally,
 )
+from qmerge.formats.checks import DENSE_DTYPES, expect_dtype, expect_finite, nothing_quantized
+from qmerge.formats.integer import ALL, by_rows
 from qmerge.formats.packing import look_up
 from qmerge.formats.settings import Settings
 from qmerge.storage.checkpoint import Checkpoint
@@ -43,22 +39,10 @@ SCALE_DTYPES = (*DENSE_DTYPES, torch.float8_e8m0fnu)
 SCALE_ENDINGS = ("_scale_inv", "_scale")
 
 
-class Fp8Reader(Reader):
+class Fp8Reader(Reader[tuple[int, int]]):
     """Weights in FP8 with a scale per block, per row or for all."""
 
     methods: ClassVar[tuple[str, ...]] = ("fp8",)
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        block: tuple[int, int],
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self._block = block
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
@@ -94,12 +78,13 @@ class Fp8Reader(Reader):
             bits=8,
             **tally(weights),
         )
-        return cls(checkpoint, block=block, name="fp8", weights=weights, summary=summary)
+        layouts = dict.fromkeys(pairs, block)
+        return cls(checkpoint, name="fp8", weights=weights, summary=summary, layouts=layouts)
 
     def _decode(self, weight: StoredWeight, rows: slice, dtype: torch.dtype) -> Tensor:
         code, scale = (self.checkpoint.read(name) for name in weight.sources)
         scale = expect_finite(weight.sources[1], scale.to(torch.float32))
-        return decode_scaled(code, scale, self._block, dtype, rows)
+        return decode_scaled(code, scale, self.layouts[weight.name], dtype, rows)
 
 
 def decode_scaled(

@@ -20,24 +20,25 @@ from torch import Tensor
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats.base import (
-    DENSE_DTYPES,
-    WORD_DTYPES,
     FormatSummary,
-    IntegerWeight,
-    PackedWeight,
     Reader,
     StoredWeight,
     common_dtype,
     dense_weights,
-    expect_dtype,
-    expect_finite,
-    expect_shape,
     modules_with,
-    nothing_quantized,
-    real_group_index,
-    required,
     tally,
 )
+from qmerge.formats.checks import (
+    DENSE_DTYPES,
+    WORD_DTYPES,
+    expect_dtype,
+    expect_finite,
+    expect_group_size,
+    expect_shape,
+    nothing_quantized,
+    required,
+)
+from qmerge.formats.integer import IntegerWeight, PackedWeight, group_count, real_group_index
 from qmerge.formats.packing import pack, unpack, words_for
 from qmerge.formats.settings import Settings, modern
 from qmerge.storage.checkpoint import Checkpoint
@@ -79,6 +80,8 @@ class PackedLinear:
     in_features: int
     groups: int
     has_g_idx: bool
+    v1_zeros: V1Zeros | None
+    """How v1 subtracted the one; None in v2, which stores zero points as they are."""
 
     def stored(self, suffix: str) -> str:
         return f"{self.module}.{suffix}"
@@ -93,35 +96,20 @@ class Override:
     """None keeps the modules out of quantization."""
 
 
-class GptqReader(Reader):
+class GptqReader(Reader[PackedLinear]):
     """GPTQ with 2, 3, 4 or 8 bits, any group size, with or without act-order."""
 
     methods: ClassVar[tuple[str, ...]] = ("gptq",)
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        linears: Mapping[str, PackedLinear],
-        version: int,
-        v1_zeros: V1Zeros,
-        name: str,
-        weights: Iterable[StoredWeight],
-        summary: FormatSummary,
-    ) -> None:
-        super().__init__(checkpoint, name=name, weights=weights, summary=summary)
-        self._linears = linears
-        self._version = version
-        self._v1_zeros = v1_zeros
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, settings: Settings) -> Self:
         """Headers only. `meta.quantizer` says how v1 zero points were stored."""
         name = _known_format(settings)
+        zeros = _v1_zeros(settings) if VERSIONS[name] == 1 else None
         overrides = _overrides(settings)
         modules, others = modules_with(checkpoint.tensors, SUFFIXES)
         linears = {
-            f"{module}.weight": _describe(module, parts, settings, overrides)
+            f"{module}.weight": _describe(module, parts, settings, overrides, zeros)
             for module, parts in modules.items()
         }
         if not linears:
@@ -131,16 +119,14 @@ class GptqReader(Reader):
         weights += [_weight(key, linear, dtype) for key, linear in linears.items()]
         return cls(
             checkpoint,
-            linears=linears,
-            version=VERSIONS[name],
-            v1_zeros=_writer_convention(settings),
+            layouts=linears,
             name=name,
             weights=weights,
             summary=_summary(name, settings, overrides, weights),
         )
 
     def _grid(self, weight: StoredWeight, rows: slice) -> PackedWeight:
-        linear, read = self._linears[weight.name], self.checkpoint.read
+        linear, read = self.layouts[weight.name], self.checkpoint.read
         words = read(linear.stored("qweight"))[:, rows]
         name = linear.stored("scales")
         scales_GO = expect_finite(name, read(name)[:, rows])
@@ -167,10 +153,10 @@ class GptqReader(Reader):
         skipped = first // word_bits * word_bits
         begin, end = skipped * linear.bits // word_bits, words_for(stop, linear.bits, word_bits)
         words, count = qzeros[:, begin:end], stop - skipped
-        if self._version == 1:
-            zeros = true_zeros(words, linear.bits, count, self._v1_zeros)
-        else:
+        if linear.v1_zeros is None:
             zeros = unpack(words, linear.bits, count).to(torch.int32)
+        else:
+            zeros = true_zeros(words, linear.bits, count, linear.v1_zeros)
         return zeros[:, first - skipped :]
 
 
@@ -190,7 +176,7 @@ def true_zeros(qzeros_GW: Tensor, bits: int, out_features: int, convention: V1Ze
     return (stored + 1) & ((1 << bits) - 1)
 
 
-def _writer_convention(settings: Settings) -> V1Zeros:
+def _v1_zeros(settings: Settings) -> V1Zeros:
     return "word" if "gptqmodel" in (settings.quantizer or "").lower() else "field"
 
 
@@ -232,26 +218,25 @@ def _describe(
     parts: Mapping[str, TensorInfo],
     settings: Settings,
     overrides: Sequence[Override],
+    v1_zeros: V1Zeros | None,
 ) -> PackedLinear:
     """Settings and shapes of one linear, checked against each other."""
     own = _settings_of(module, settings, overrides)
-    bits, group_size = own.integer("bits"), own.integer("group_size", -1)
+    bits = own.integer("bits")
     if bits not in BITS:
         raise CheckpointError(
             f"{module}: GPTQ with {bits} bits", hint=f"qmerge reads {', '.join(map(str, BITS))}"
         )
     qweight, scales = parts["qweight"], required(module, parts, "scales")
     qzeros, g_idx = required(module, parts, "qzeros"), parts.get("g_idx")
-    if own.values.get("desc_act") and group_size != -1:
+    if own.values.get("desc_act") and own.integer("group_size", -1) != -1:
         g_idx = required(module, parts, "g_idx")
     _expect_kinds(qweight, qzeros, scales, g_idx)
     word_bits = qweight.dtype.itemsize * 8
     rows, out_features = qweight.shape
     in_features = g_idx.shape[0] if g_idx is not None else rows * word_bits // bits
-    if group_size != -1 and group_size < 1:
-        raise CheckpointError(f"{settings.file}: group size {group_size} for {module}")
-    group_size = -1 if group_size >= in_features else group_size
-    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    group_size = expect_group_size(module, own, in_features, default=-1)
+    groups = group_count(in_features, group_size)
     of = f"{bits} bits, group size {group_size}"
     expect_shape(
         f"{module}.qweight",
@@ -275,6 +260,7 @@ def _describe(
         in_features=in_features,
         groups=groups,
         has_g_idx=g_idx is not None,
+        v1_zeros=v1_zeros,
     )
 
 
@@ -340,6 +326,16 @@ def _summary(
         overrides=tuple(settings.values.get("dynamic") or ()),
         **tally(weights),
     )
+
+
+def served_together(group: Iterable[str]) -> list[list[str]]:
+    """Which linears of a `group` that reads the same input servers fuse: those of one module, and
+    of these, where vLLM's name for the fused linear is known, those under one name."""
+    fused: dict[tuple[str, str | None], list[str]] = {}
+    for name in group:
+        parent, _, own = name.rpartition(".")
+        fused.setdefault((parent, SERVED_AS.get(own)), []).append(name)
+    return list(fused.values())
 
 
 def pack_gptq(weight: IntegerWeight, *, version: Literal[1, 2] = 1) -> dict[str, Tensor]:

@@ -19,12 +19,9 @@ from qmerge.formats.base import (
     StoredWeight,
     common_dtype,
     dense_weights,
-    expect_dtype,
-    expect_finite,
-    expect_shape,
-    nothing_quantized,
     tally,
 )
+from qmerge.formats.checks import expect_dtype, expect_finite, expect_shape, nothing_quantized
 from qmerge.formats.packing import look_up
 from qmerge.formats.settings import Settings
 from qmerge.storage.checkpoint import Checkpoint
@@ -35,7 +32,7 @@ BIAS = 127
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-class Mxfp4Reader(Reader):
+class Mxfp4Reader(Reader[None]):
     """Weights of four bits with a power of two per 32 inputs."""
 
     methods: ClassVar[tuple[str, ...]] = ("mxfp4",)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qmerge.formats.base import Format, IntegerWeight, StoredWeight, Wrapper
+from qmerge.formats.base import Format, StoredWeight, Wrapper
+from qmerge.formats.integer import IntegerWeight
 from qmerge.storage.checkpoint import Checkpoint
 
 Padding = tuple[int, int]

@@ -12,19 +12,21 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.formats.base import ALL, Format, StoredWeight, Wrapper
+from qmerge.formats.base import Format, StoredWeight, Wrapper
+from qmerge.formats.integer import ALL
+from qmerge.recipe import Dtype
 from qmerge.storage.checkpoint import Checkpoint
 
 Kind = Literal["nf4", "fp4", "int8"]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 USUAL_BLOCK = 64
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 AS_STORED = "none"
 HINT = (
     "use nf4, fp4 or int8, then ,double, ,block=64 and ,dtype=bfloat16 where training had them; or"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmerge.formats.base import Format, IntegerWeight, StoredWeight
+from qmerge.formats.base import Format, StoredWeight
+from qmerge.formats.integer import IntegerWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +24,13 @@ class Stack:
     """What a fused tensor [E, R, I], or [E, I, R] where it is `turned`, is made of."""
 
     experts: tuple[tuple[str, ...], ...]
-    """Of each expert the names of its weights, one after the other along R."""
+    """For each expert, the names of its weights in their order along R."""
     rows: tuple[int, ...]
-    """Of each such weight."""
+    """Rows of each of those weights."""
     turned: bool
 
     def shape(self, width: int) -> tuple[int, int, int]:
-        """Of the tensor, by the in features I."""
+        """Shape of the fused tensor, for `width` in features."""
         experts, rows = len(self.experts), sum(self.rows)
         return (experts, width, rows) if self.turned else (experts, rows, width)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from qmerge.formats import gptq
-from qmerge.formats.base import IntegerWeight
-
-OutputFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+from qmerge.formats.integer import IntegerWeight, group_count
+from qmerge.formats.packing import words_for
+from qmerge.recipe import ActOrder, OutputFormat
 
 
 def pack(weight: IntegerWeight, form: OutputFormat) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def quantization_config(
     bits: int,
     group_size: int,
     symmetric: bool,
-    order: Literal["none", "group", "full"],
+    order: ActOrder,
     damping: float,
     writer: str,
     quantized: Mapping[str, tuple[int, int]],
@@ -75,7 +75,7 @@ def packed_bytes(shape: tuple[int, ...], bits: int, group_size: int) -> int:
     """Bytes of a packed linear [O, I] in GPTQ's layout: codes and zero points in whole 32-bit
     words, 16-bit steps, group indices."""
     out_features, in_features = shape
-    groups = 1 if group_size == -1 else -(-in_features // group_size)
-    codes = 4 * -(-in_features * bits // 32) * out_features
-    zeros = 4 * -(-out_features * bits // 32) * groups
+    groups = group_count(in_features, group_size)
+    codes = 4 * words_for(in_features, bits) * out_features
+    zeros = 4 * words_for(out_features, bits) * groups
     return codes + zeros + 2 * out_features * groups + 4 * in_features

@@ -7,16 +7,14 @@ from qmerge.gptq.grid import Grid, GridSpec
 from qmerge.gptq.hessian import Hessian, output_squares
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import Drift, aim
-from qmerge.gptq.update import GridChoice, Order, Update, expressible, solve_update
+from qmerge.gptq.update import Update, expressible, solve_update
 
 __all__ = [
     "Drift",
     "Factor",
     "Grid",
-    "GridChoice",
     "GridSpec",
     "Hessian",
-    "Order",
     "Solution",
     "Update",
     "aim",

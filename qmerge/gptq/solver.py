@@ -172,8 +172,8 @@ def round_by_torch(leaf: Leaf, top: int) -> None:
 
 
 def round_by_numpy(leaf: Leaf, top: int) -> None:
-    """The same for a host's tensors: a call of numpy costs a quarter of torch's before it begins,
-    which for some thousand rows is most of it."""
+    """As `round_by_torch`, for tensors on the host: a call of numpy costs a quarter of torch's
+    before it begins, which for some thousand rows is most of it."""
     targets, errors, codes, scales, feeds = (tensor.numpy() for tensor in leaf)
     buffer = np.empty_like(targets[0])
     lowest, highest = np.zeros_like(buffer), np.full_like(buffer, top)

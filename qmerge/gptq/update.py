@@ -19,7 +19,6 @@ Shapes: O out features of all siblings stacked, I in features, G groups, P sibli
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ from qmerge.gptq.hessian import output_squares
 from qmerge.gptq.refine import Whole, per_part, per_row, refit
 from qmerge.gptq.solver import Solution, solve
 from qmerge.gptq.target import aim
-
-GridChoice = Literal["fresh", "anchored", "auto"]
-Order = Literal["none", "group", "full"]
+from qmerge.recipe import ActOrder, GridChoice
 
 # κ goes at most so far where the last refit can make up the rest: an update that rounding all but
 # erased comes back in few codes and much noise. (Updates of 0.06 of an adapter: KL 0.099e-3 with
@@ -70,7 +67,7 @@ def solve_update(
     spec: GridSpec,
     *,
     rows: tuple[int, ...],
-    order: Order = "group",
+    order: ActOrder = "group",
     damping: float = DAMPING,
     base: Grid | None = None,
     grid: GridChoice = "auto",
@@ -97,7 +94,7 @@ def solve_update(
     return stack.on_either(target_OI, unit_survival, refine)
 
 
-def expressible(base: Grid, spec: GridSpec, order: Order, width: int) -> bool:
+def expressible(base: Grid, spec: GridSpec, order: ActOrder, width: int) -> bool:
     """Whether a release of `spec` can carry the base's steps, zero points and groups.
 
     A base of other bits is for the caller to leave out.
@@ -122,7 +119,7 @@ class _Stack:
         H_II: Tensor,
         spec: GridSpec,
         rows: tuple[int, ...],
-        order: Order,
+        order: ActOrder,
         damping: float,
         base: Grid | None,
     ) -> None:

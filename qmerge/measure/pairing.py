@@ -91,7 +91,7 @@ def _compare_corpus(name: str, old: RunResult, new: RunResult) -> CorpusComparis
 
 
 def too_few_windows(corpus: str) -> CorpusError:
-    """What is said where windows have no spread."""
+    """The error for a corpus of one window, which has no spread."""
     return CorpusError(
         f"corpus {corpus!r}: one window cannot tell a difference from noise",
         hint="give more text or windows, or a smaller --sequence-length",

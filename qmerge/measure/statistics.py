@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,12 +50,8 @@ def _score(stats: TokenStats, base: TokenStats | None, *, is_base: bool) -> ArmS
     if base is None or is_base or stats.kl_R is None or stats.same_top_R is None:
         return plain
     kl_W = stats.kl_R.double().mean(dim=1)
-    return ArmScore(
-        perplexity=plain.perplexity,
-        stderr=plain.stderr,
-        tokens=plain.tokens,
-        unscored_tokens=plain.unscored_tokens,
-        window_nll=plain.window_nll,
+    return replace(
+        plain,
         kl=_divergence(stats.kl_R, kl_W),
         same_top=estimate(stats.same_top_R.double().mean(dim=1)),
         probability_change=_probability_change(stats, base),

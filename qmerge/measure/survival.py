@@ -65,8 +65,8 @@ def survival_of(
     codes_OI: Tensor | None = None,
     base_codes_OI: Tensor | None = None,
 ) -> Survival:
-    """The same from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for the update D
-    and what the release has of it, E."""
+    """As `linear_survival`, from products that are known: <D, D>_H, <E, D>_H and ||E - D||^2_H for
+    the update D and what the release has of it, E."""
     if torch.equal(base_OI, merged_OI):
         return Survival()
     squares = sum(
@@ -74,18 +74,19 @@ def survival_of(
         for part in _parts(base_OI)
     )
     rms = math.sqrt(squares / base_OI.numel())
-    comparable = codes_OI is not None and base_codes_OI is not None
-    comparable = comparable and codes_OI.shape == base_codes_OI.shape  # type: ignore[union-attr]
+    changed_OI = None
+    if codes_OI is not None and base_codes_OI is not None and codes_OI.shape == base_codes_OI.shape:
+        changed_OI = codes_OI != base_codes_OI
     return Survival(
         survival=kept / energy if energy > 0 else None,
         noise=error / energy if energy > 0 else None,
         step_ratio=rms / mean_step if mean_step > 0 else None,
-        codes_changed=_share(codes_OI != base_codes_OI) if comparable else None,  # type: ignore[arg-type]
+        codes_changed=None if changed_OI is None else float(changed_OI.double().mean()),
         energy=max(energy, 0.0),
         update_rms=rms,
         step=mean_step,
         elements=base_OI.numel(),
-        codes=codes_OI.numel() if comparable and codes_OI is not None else 0,
+        codes=0 if changed_OI is None else changed_OI.numel(),
     )
 
 
@@ -155,7 +156,3 @@ def inner(A_OI: Tensor, B_OI: Tensor, H_II: Tensor) -> float:
 def _parts(weight_OI: Tensor) -> Iterator[slice]:
     for start in range(0, len(weight_OI), ROWS):
         yield slice(start, start + ROWS)
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.double().mean())

@@ -85,7 +85,7 @@ class OpenedChange:
         return self.skeleton.turn(path, parts)
 
     def row_merger(self, parameter: str) -> MergeRows | None:
-        """Of a part of a fused parameter there is none, nor of one that lies in columns."""
+        """None for a part of a fused parameter, and for a weight that is kept transposed."""
         if parameter in self.skeleton.turned or parameter not in self.change.touched:
             return None
         return self.change.row_merger(parameter)

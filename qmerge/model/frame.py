@@ -12,40 +12,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from qmerge.errors import ModelError
-from qmerge.model.experts import opened
 from qmerge.model.layer import (
     Call,
     Hidden,
     WindowCalls,
-    fill,
-    linears,
-    run,
-    sibling_groups,
     window_axes,
 )
-from qmerge.model.skeleton import Skeleton, build_skeleton, first_line, text_config
-from qmerge.names import module_of, under
+from qmerge.model.skeleton import Skeleton
+from qmerge.names import module_of
 
 Inputs = Mapping[str, torch.Tensor]
 """What a model takes beside its tokens, by name; joined over windows along the first axis."""
 ROWS_AT_ONCE = 8192
 """Rows of an embedding or head that are held as float32 at one time."""
-
-
-STATE_HINT = "this architecture keeps state between its layers that qmerge does not carry"
-TOKENS_HINT = (
-    "this architecture gives its layers more of the tokens than the hidden states, which qmerge"
-    " does not carry"
-)
 
 
 class OuterWeights(Protocol):
@@ -55,6 +43,25 @@ class OuterWeights(Protocol):
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
     def row_count(self, name: str) -> int: ...
     def holds(self, name: str) -> bool: ...
+
+
+class GivenWeights:
+    """Outer weights that are all at hand, by name."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._state[name][start:stop]
+
+    def row_count(self, name: str) -> int:
+        return self._state[name].shape[0]
+
+    def holds(self, name: str) -> bool:
+        return name in self._state
 
 
 class Frame:
@@ -317,134 +324,3 @@ def _decoder_output(hidden: Hidden) -> Any:
 def _weight_name(model: nn.Module, module: nn.Module) -> str:
     names = (name for name, candidate in model.named_modules() if candidate is module)
     return f"{next(names)}.weight"
-
-
-def probe(skeleton: Skeleton, *, layers: int = 2, tokens: int = 12) -> frozenset[tuple[str, ...]]:
-    """Prove that this model can be walked: streamed equals plain forward on random weights.
-
-    The same class with few layers and a small vocabulary; raises `ModelError` when they differ.
-    Comes back with the linears that read the same input, by their names in a layer.
-    """
-    siblings = set()
-    config = copy.deepcopy(skeleton.model.config)
-    text = text_config(config)
-    layers = max(layers, _layers_of_every_kind(skeleton))
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        layers = max(layers, 1 + max(kinds.index(kind) for kind in set(kinds)))
-        with suppress(AttributeError):  # where the configuration works them out by itself
-            text.layer_types = kinds[: min(layers, len(kinds))]
-    text.num_hidden_layers = min(layers, skeleton.layer_count)
-    text.vocab_size = min(text.vocab_size, 512)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, None)
-    try:
-        small = build_skeleton(config, model_class=type(skeleton.model))
-    except ModelError as error:
-        raise ModelError(
-            f"{type(skeleton.model).__name__} cannot be made with {text.num_hidden_layers} layers,"
-            f" to prove that it can be walked: {first_line(error.__cause__ or error)}",
-            hint="this architecture has layers that need others, which qmerge does not walk",
-        ) from error
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, text.vocab_size, (2, tokens), generator=generator)
-    state = _random_state(small, generator)
-    model = copy.deepcopy(small.fused)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    hint = STATE_HINT
-    try:
-        frame = Frame(small, _StateWeights(small.turn("", state)))
-        with torch.inference_mode():
-            expected = model(input_ids=ids, use_cache=False).logits
-        hidden, called = frame.enter(ids)
-        calls = frame.calls(tokens)
-        hint = TOKENS_HINT if _differ(called, calls, len(ids)) else STATE_HINT
-        for index, call in enumerate(calls):
-            layer = small.layer(index)
-            path = small.layer_path(index)
-            own = {n: t for full, t in state.items() if (n := under(full, path)) is not None}
-            fill(layer, small.turn(path, opened(small.fusions, path, own)))
-            siblings |= {*sibling_groups(layer, hidden, call, linears(layer))}
-            hidden = run(layer, hidden, call)
-        rows = frame.leave(hidden).flatten(0, 1)
-        parts = [
-            frame.logits(rows, start, frame.head_rows(start, start + ROWS_AT_ONCE))
-            for start in range(0, frame.vocabulary, ROWS_AT_ONCE)
-        ]
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{type(skeleton.model).__name__} cannot be run layer by layer: {first_line(error)}",
-            hint=hint,
-        ) from error
-    difference = (torch.cat(parts, dim=-1).view_as(expected) - expected).abs().max().item()
-    if not difference <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise ModelError(
-            f"{type(skeleton.model).__name__} run layer by layer differs from its own forward "
-            f"by {difference:.2g}",
-            hint=hint,
-        )
-    return frozenset(siblings)
-
-
-def _differ(of_text: Sequence[Call], of_zeros: Sequence[Call], windows: int) -> bool:
-    """Whether layers are called with something else for another text of the same length: the calls
-    of so many windows against what those of one are made into for them."""
-    text = tree_leaves([(call.args, dict(call.kwargs)) for call in of_text])
-    zeros = tree_leaves([call.over(windows) for call in of_zeros])
-    return any(
-        isinstance(one, torch.Tensor) and not bool(torch.isclose(one, other).all())
-        for one, other in zip(text, zeros, strict=True)
-    )
-
-
-def _random_state(skeleton: Skeleton, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Values for all that text passes through, loud enough for the logits to differ."""
-    tower, aliases = skeleton.tower(), skeleton.tied()
-    return {
-        name: _random(meta.shape, generator)
-        for name, meta in skeleton.fused.state_dict().items()
-        if name not in tower and name not in aliases
-    }
-
-
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Those of stacked experts overlap in memory, each a row further than the one before: hundreds
-    of experts differ and take the memory of one."""
-    if len(shape) == 3:
-        experts, rows, columns = shape
-        shared = torch.randn(experts + rows, columns, generator=generator)
-        return shared.div_(columns**0.5).unfold(0, rows, 1)[:experts].transpose(1, 2)
-    noise = torch.randn(shape, generator=generator)
-    return noise.div_(shape[-1] ** 0.5) if len(shape) > 1 else noise.mul_(0.1).add_(1)
-
-
-def _layers_of_every_kind(skeleton: Skeleton) -> int:
-    """The first so many layers that have one of each make among them: dense and with experts."""
-    seen: dict[frozenset[tuple[str, torch.Size]], int] = {}
-    for index in range(skeleton.layer_count):
-        layer = skeleton.fused.get_submodule(skeleton.layer_path(index))
-        make = frozenset((name, tensor.shape) for name, tensor in layer.state_dict().items())
-        seen.setdefault(make, index + 1)
-    return max(seen.values())
-
-
-class _StateWeights:
-    """Outer weights from a state dictionary."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._state = state
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._state[name]
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self._state[name][start:stop]
-
-    def row_count(self, name: str) -> int:
-        return self._state[name].shape[0]
-
-    def holds(self, name: str) -> bool:
-        return name in self._state

@@ -76,7 +76,7 @@ def _widened(leaf: torch.Tensor, axis: int, windows: int) -> torch.Tensor:
 
 
 def _joined(added: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Of several windows, some of which nothing is added to."""
+    """What is added to several windows joined, zeros for those that nothing is added to."""
     some = next((each for each in added if each is not None), None)
     if some is None:
         return None
@@ -149,7 +149,8 @@ def run(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
 
 
 def forward(layer: nn.Module, hidden_WSH: Hidden, call: Call) -> Hidden:
-    """The same in the mode of whoever asks; models that return tuples put hidden states first."""
+    """As `run`, in the autograd mode of the caller; a layer that returns a tuple puts the hidden
+    states first."""
     if call.added is not None:
         hidden_WSH = hidden_WSH + call.added.to_dense()
     args, kwargs = call.over(len(hidden_WSH))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qmerge.model.skeleton import (
     rebuilt,
 )
 from qmerge.model.weights import Weights
-from qmerge.names import WEIGHT, NameMap, join, module_of, under
+from qmerge.names import WEIGHT, NameMap, join, listed, module_of, under
 from qmerge.storage.checkpoint import Checkpoint
 
 BIAS = ".bias"
@@ -67,7 +66,7 @@ def open_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[Skelet
 def told(skeleton: Skeleton, weights: Weights) -> tuple[str, ...]:
     """What is otherwise in a model, as it was opened, than its folder says."""
     ignored = weights.names.ignored
-    notes = [IGNORED.format(listed(ignored))] if ignored else []
+    notes = [IGNORED.format(listed(ignored, LISTED))] if ignored else []
     left = [_is_left_out(weights.format, second) for _, second in weights.names.twice.values()]
     if TIED in skeleton.restated:
         notes.append(OWN_HEAD)
@@ -77,7 +76,8 @@ def told(skeleton: Skeleton, weights: Weights) -> tuple[str, ...]:
 
 
 def _is_left_out(form: Format, head: str) -> bool:
-    """Whether a head that is stored beside the embedding it is tied to is none to its runtime."""
+    """Whether the format's runtime does not load a head that is stored beside the embedding it is
+    tied to."""
     return form.weights[head].quantized and form.summary.method in LEAVES_PACKED_HEADS
 
 
@@ -247,7 +247,7 @@ def _matched(
         ("shapes differ:", wrong, "config.json and the weights are not of the same model"),
     )
     faults = [
-        Fault(where=where, message=f"{what} {listed(items)}", hint=other or hint)
+        Fault(where=where, message=f"{what} {listed(items, LISTED)}", hint=other or hint)
         for what, items, hint in complaints
         if items
     ]
@@ -277,9 +277,3 @@ def _adds_nothing(form: Format, name: str) -> bool:
     weight = form.weights.get(name.removesuffix(BIAS) + WEIGHT)
     packed = name.endswith(BIAS) and weight is not None and weight.quantized
     return packed and not bool(form.dense(name).any())
-
-
-def listed(items: Sequence[str]) -> str:
-    """A few items, and how many more there are."""
-    rest = len(items) - LISTED
-    return ", ".join(items[:LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -156,7 +156,7 @@ class Held(NamedTuple):
 
 
 def most_held(held: Mapping[str, int]) -> Held:
-    """Of `held_bytes`, where forwards hold most."""
+    """The most that forwards hold at any place, from `held_bytes`."""
     steps = [*pairwise(held.values())]
     return Held(
         alone=max((here for here, _ in steps), default=0),

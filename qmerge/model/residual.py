@@ -16,14 +16,12 @@ from torch import nn
 
 from qmerge.model.layer import Call, Hidden, run
 
-LAYER_INPUT = ""
-"""The place of a stream that is read at the layer's own input."""
-
 
 def residual_places(
     layer: nn.Module, hidden_1SH: Hidden, call: Call, names: Mapping[str, nn.Module]
 ) -> dict[str, str]:
-    """The module whose input is the stream that a linear's output is added to, by linear."""
+    """The module whose input is the stream that a linear's output is added to, by linear; "" is the
+    layer itself."""
     seen: list[tuple[str, torch.Tensor]] = []
     outputs: dict[str, torch.Tensor] = {}
 

@@ -272,7 +272,7 @@ def build_skeleton(
 
 
 def rebuilt(skeleton: Skeleton, restated: Mapping[str, Any]) -> Skeleton:
-    """The same model of a configuration that says some things otherwise."""
+    """The same model with some keys of its configuration `restated`."""
     config = copy.deepcopy(skeleton.model.config)
     for part in (config, text_config(config)):
         for key, value in restated.items():

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qmerge.formats.base import Format, IntegerWeight
+from qmerge.formats.base import Format
+from qmerge.formats.integer import IntegerWeight
 from qmerge.formats.stacked import Stack
 from qmerge.model.frame import ROWS_AT_ONCE
 from qmerge.names import NameMap, Unit, under
@@ -119,7 +120,7 @@ class Weights:
         return self.format.weights[self.names.stored[parameter]].quantized
 
     def bits(self, parameter: str) -> int | None:
-        """Of the codes that the parameter is stored in; None where it is dense."""
+        """Bits of the codes that the parameter is stored in; None where it is dense."""
         return self.format.weights[self.names.stored[parameter]].bits
 
     def shape(self, parameter: str) -> tuple[int, ...]:

@@ -8,8 +8,11 @@ from typing import Any
 
 import yaml
 
+from qmerge.report.figures import size
+from qmerge.report.glossary import legend
+from qmerge.report.lines import findings
 from qmerge.report.markdown import coded, doubted, escape, grid, summary
-from qmerge.report.words import findings, legend, size, verdict
+from qmerge.report.verdict import verdict
 from qmerge.results import LEFT_BESIDE, RunResult
 
 # The hub's own identifier: organisation and name; anything else is a folder on somebody's disk.

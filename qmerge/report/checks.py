@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qmerge.report.figures import DASH, change_phrase, printable
+from qmerge.report.lines import findings, gate_lines, pressing
 from qmerge.report.markdown import coded, doubted, escape, grid, summary
-from qmerge.report.text import render, render_comparison, table
-from qmerge.report.words import (
-    DASH,
-    change_phrase,
-    corpora,
-    findings,
-    gate_lines,
-    heading,
-    pressing,
-    printable,
-    rows,
-    verdict,
-)
+from qmerge.report.text import render, render_comparison, tables
+from qmerge.report.verdict import verdict
 from qmerge.results import FINITE, Comparison, CorpusComparison, GateVerdict, RunResult
 
 
@@ -76,7 +67,8 @@ def of_comparison(comparison: Comparison, new: RunResult) -> Checked:
         sentence=sentence,
         checks=(*checks, *_limits(new.gate)),
         seconds=new.timings.get("total", 0.0) if scored else 0.0,
-        text=_blocks([text.rstrip(), _gate(new), _tables(new) if scored else ""]) + "\n",
+        text=_blocks([text.rstrip(), _gate(new), printable(_blocks(tables(new))) if scored else ""])
+        + "\n",
         markdown=_blocks([f"**{escape(sentence)}**", _compared(comparison), summary(new)]),
     )
 
@@ -111,14 +103,6 @@ def _not_scored(corpus: str) -> Check:
 
 def _gate(result: RunResult) -> str:
     return printable("\n".join(f"gate: {line}" for line in gate_lines(result)))
-
-
-def _tables(result: RunResult) -> str:
-    blocks = []
-    for corpus in corpora(result):
-        title = heading(corpus, result.corpora.evaluation.get(corpus))
-        blocks.append("\n".join([title, *table(rows(result, corpus))]))
-    return printable(_blocks(blocks))
 
 
 def _compared(comparison: Comparison) -> str:

@@ -7,7 +7,7 @@ https://docs.github.com/actions/reference/workflows-and-actions/workflow-command
 from __future__ import annotations
 
 from qmerge.report.checks import Checked
-from qmerge.report.words import printable
+from qmerge.report.figures import printable
 
 
 def commands(checked: Checked) -> str:

@@ -14,36 +14,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qmerge.report import plots
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     STATISTICS,
     Figures,
     Row,
     change_cell,
     corpora,
-    doubts,
     duration,
-    error_ratio_phrase,
-    findings,
     heading,
     kl_figure,
-    legend,
-    linears,
-    merge_lines,
-    pieces_of,
-    previous_lines,
     printable,
     rows,
     share_cell,
     size,
     statistics,
-    strategy_told,
     subject_score,
-    survival_phrase,
-    verdict,
-    warnings,
-    words,
 )
+from qmerge.report.glossary import legend, words
+from qmerge.report.lines import (
+    doubts,
+    error_ratio_phrase,
+    findings,
+    linears,
+    merge_lines,
+    pieces_of,
+    previous_lines,
+    strategy_told,
+    survival_phrase,
+    warnings,
+)
+from qmerge.report.verdict import verdict
 from qmerge.results import LinearResult, Piece, RunResult, Survival, WorstWindow
 
 # Per cent of colour behind the token that suffered most: text on it is still readable.
@@ -52,6 +53,31 @@ STRONGEST = 70
 PHONE = 68
 # Layers for which a plot by depth needs no more than the usual width.
 FEW_LAYERS = 12
+MAPS = (
+    (
+        "survival",
+        "Adapter survival",
+        plots.survival_map,
+        "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
+        " adapter changes nothing.",
+    ),
+    (
+        "ratio",
+        "Error of the base against adapter",
+        plots.ratio_map,
+        "The error that quantizing put into the base over the adapter's effect, on the calibration"
+        " text. Where it is large, the original is another model than the one the adapter was"
+        " trained on.",
+    ),
+    (
+        "error",
+        "Quantization error",
+        plots.error_map,
+        "Relative output error of each linear on the calibration text, over the median of the same"
+        " projection in all layers. Far above 1 is a layer that hurts.",
+    ),
+)
+"""Maps of layers and projections: name, title, drawing and caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +143,6 @@ def render(result: RunResult) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(size=size, duration=duration)
-    known = result.corpora.evaluation
     page = environment.get_template("page.html.j2")
     text = page.render(
         result=result,
@@ -130,9 +155,7 @@ def render(result: RunResult) -> str:
         warnings=[_coded(line, result) for line in warnings(result)],
         columns=COLUMNS,
         tables=[
-            Table(
-                title=heading(c, known.get(c)), rows=rows(result, c), figures=statistics(result, c)
-            )
+            Table(title=heading(result, c), rows=rows(result, c), figures=statistics(result, c))
             for c in corpora(result)
         ],
         statistics=STATISTICS,
@@ -269,36 +292,11 @@ def _depth(result: RunResult, layers: int) -> Picture:
 
 def _maps(result: RunResult) -> list[Picture]:
     found = []
-    measured = [*linears(result)]
-    if any(x.survival and x.survival.survival is not None for x in measured):
-        width, height, draw = plots.survival_map(result)
-        caption = (
-            "Share of the adapter's effect that is left: 1 is kept whole, 0 erased. Blank where the"
-            " adapter changes nothing."
-        )
-        svg = Markup(plots.picture("survival", height, draw, width))
-        found.append(Picture(title="Adapter survival", caption=caption, svg=svg, inches=width))
-    if any(x.survival and x.survival.error_ratio is not None for x in measured):
-        width, height, draw = plots.ratio_map(result)
-        caption = (
-            "The error that quantizing put into the base over the adapter's effect, on the"
-            " calibration text. Where it is large, the original is another model than the one the"
-            " adapter was trained on."
-        )
-        svg = Markup(plots.picture("ratio", height, draw, width))
-        found.append(
-            Picture(
-                title="Error of the base against adapter", caption=caption, svg=svg, inches=width
-            )
-        )
-    if any(x.error is not None for x in measured):
-        width, height, draw = plots.error_map(result)
-        caption = (
-            "Relative output error of each linear on the calibration text, over the median of the"
-            " same projection in all layers. Far above 1 is a layer that hurts."
-        )
-        svg = Markup(plots.picture("error", height, draw, width))
-        found.append(Picture(title="Quantization error", caption=caption, svg=svg, inches=width))
+    for name, title, drawn, caption in MAPS:
+        if (made := drawn(result)) is not None:
+            width, height, draw = made
+            svg = Markup(plots.picture(name, height, draw, width))
+            found.append(Picture(title=title, caption=caption, svg=svg, inches=width))
     return found
 
 

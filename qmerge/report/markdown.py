@@ -5,30 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     STATISTICS,
     corpora,
-    doubts,
     duration,
-    error_ratio_phrase,
-    findings,
-    gate_lines,
     heading,
-    legend,
-    merge_lines,
-    pieces_of,
-    previous_lines,
     printable,
     rows,
     size,
     statistics,
+)
+from qmerge.report.glossary import legend, words
+from qmerge.report.lines import (
+    doubts,
+    error_ratio_phrase,
+    findings,
+    gate_lines,
+    merge_lines,
+    pieces_of,
+    previous_lines,
     strategy_told,
     survival_phrase,
-    verdict,
     warnings,
-    words,
 )
+from qmerge.report.verdict import verdict
 from qmerge.results import RunResult
 
 NUMBER = r"[+-]?[\d.]+(e[+-]?\d+)?"
@@ -57,7 +58,7 @@ def render(result: RunResult) -> str:
 
 
 def doubted(result: RunResult) -> str:
-    """What stands against the verdict as a whole."""
+    """Warnings that question the reference itself, and with it the verdict."""
     return "\n\n".join(f"Warning: {escape(line)}" for line in doubts(result))
 
 
@@ -65,12 +66,13 @@ def summary(result: RunResult) -> str:
     """The arms' tables with survival, strategy and gate: what the card shows too."""
     blocks = []
     for corpus in corpora(result):
-        title = heading(corpus, result.corpora.evaluation.get(corpus))
         body = [
             [row.label, *(str(cell) for cell in row.cells), row.note]
             for row in rows(result, corpus)
         ]
-        blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *COLUMNS, "note"], body))
+        blocks.append(
+            f"### {escape(heading(result, corpus))}\n\n" + grid(["arm", *COLUMNS, "note"], body)
+        )
     if result.survival is not None:
         blocks.append(f"Adapter: {escape(survival_phrase(result.survival))}.")
     ratio = error_ratio_phrase(result)
@@ -92,8 +94,8 @@ def _all_figures(result: RunResult) -> str:
     for corpus in corpora(result):
         body = [[row.label, *row.values] for row in statistics(result, corpus)]
         if body:
-            title = heading(corpus, result.corpora.evaluation.get(corpus))
-            blocks.append(f"### {escape(title)}\n\n" + grid(["arm", *STATISTICS], body))
+            title = escape(heading(result, corpus))
+            blocks.append(f"### {title}\n\n" + grid(["arm", *STATISTICS], body))
     return "\n\n".join(blocks) if len(blocks) > 1 else ""
 
 
@@ -127,7 +129,7 @@ def escape(text: str) -> str:
 
 
 def coded(text: str, result: RunResult) -> str:
-    """The same with what is to be pasted as code, where nothing is escaped."""
+    """Escaped text, with what is to be pasted as code, in which nothing is escaped."""
     pieces = pieces_of(text, [remedy.option for remedy in result.remedies])
     return "".join(f"`{piece}`" if code else escape(piece) for piece, code in pieces)
 

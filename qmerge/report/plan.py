@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qmerge.report.words import duration, size, some
+from qmerge.names import listed
+from qmerge.report.figures import duration, size
+from qmerge.report.lines import NAMED
 from qmerge.results import PlannedUnit, PlanSummary
 
 HEAD = ("unit", "quantized", "dense", "adapted", "in", "out")
@@ -27,10 +29,11 @@ def render(plan: PlanSummary) -> str:
     if plan.units:
         lines += ["", *_table(plan.units), "", *_needs(plan)]
     if plan.renamed:
-        shown = some(f"{name} -> {target}" for name, target in plan.renamed.items())
+        told = (f"{name} -> {target}" for name, target in plan.renamed.items())
+        shown = listed(told, NAMED)
         lines.append(f"note: {len(plan.renamed)} tensors of training are named otherwise: {shown}")
     if plan.left_out:
-        lines.append(f"note: left as the base has it: {some(plan.left_out)}")
+        lines.append(f"note: left as the base has it: {listed(plan.left_out, NAMED)}")
     lines += [f"note: {note}" for note in (plan.goes_on, *plan.notes) if note]
     for fault, hint in zip(plan.faults, plan.hints, strict=True):
         lines.append(f"fault: {fault}")

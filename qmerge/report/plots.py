@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from qmerge.report.words import corpora, label, projection
+from qmerge.report.figures import corpora, label
+from qmerge.report.lines import projection
 from qmerge.results import Change, LinearResult, RunResult
 
 # A stand-in for each CSS variable of the page: any colours that nothing else in a plot has.
@@ -78,6 +79,8 @@ RATIO_NAMES = ("> 5", "2–5", "1–2", "0.5–1", "0.2–0.5", "0.1–0.2", "< 
 
 Draw = Callable[[Figure], None]
 Grid = Mapping[tuple[str, int], float]
+Map = tuple[float, float, Draw]
+"""Width, height and drawing of a map of layers and projections."""
 
 
 def picture(name: str, height: float, draw: Draw, width: float = WIDTH) -> str:
@@ -292,57 +295,55 @@ def depth(result: RunResult) -> Draw:
     return draw
 
 
-def survival_map(result: RunResult) -> tuple[float, float, Draw]:
-    """Width, height and drawing of survival by layer and projection, the worst of its kind."""
-    cells: dict[tuple[str, int], float] = {}
-    for name, column, linear in _places(result):
-        kept = linear.survival.survival if linear.survival else None
-        if kept is not None:
-            cells[name, column] = min(kept, cells.get((name, column), math.inf))
+def survival_map(result: RunResult) -> Map | None:
+    """Survival by layer and projection, the worst of its kind; None where none was measured."""
+    cells = _worst(result, lambda x: x.survival.survival if x.survival else None, min)
     return _heat_map(cells, SURVIVAL_BOUNDS, HEAT, SURVIVAL_NAMES, "survival")
 
 
-def ratio_map(result: RunResult) -> tuple[float, float, Draw]:
-    """The same of the base's quantization error over the adapter's effect."""
-    cells: dict[tuple[str, int], float] = {}
-    for name, column, linear in _places(result):
-        ratio = linear.survival.error_ratio if linear.survival else None
-        if ratio is not None:
-            cells[name, column] = max(ratio, cells.get((name, column), 0.0))
+def ratio_map(result: RunResult) -> Map | None:
+    """As `survival_map`, of the base's quantization error over the adapter's effect."""
+    cells = _worst(result, lambda x: x.survival.error_ratio if x.survival else None, max)
     title = "base's error over the adapter's effect"
     return _heat_map(cells, RATIO_BOUNDS, HEAT[::-1], RATIO_NAMES, title)
 
 
-def error_map(result: RunResult) -> tuple[float, float, Draw]:
-    """The same of each linear's output error over the median of its like in other layers."""
-    errors: dict[tuple[str, int], float] = {}
-    for name, column, linear in _places(result):
-        if linear.error is not None:
-            errors[name, column] = max(linear.error, errors.get((name, column), 0.0))
+def error_map(result: RunResult) -> Map | None:
+    """As `survival_map`, of each linear's output error over the median of its like in other
+    layers."""
+    errors = _worst(result, lambda x: x.error, max)
     usual = {
         name: median(value for (other, _), value in errors.items() if other == name)
         for name, _ in errors
     }
     cells = {(n, c): value / usual[n] for (n, c), value in errors.items() if usual[n] > 0}
-    return _heat_map(
-        cells, ERROR_BOUNDS, HEAT[::-1], ERROR_NAMES, "error over the median of its kind"
-    )
+    title = "error over the median of its kind"
+    return _heat_map(cells, ERROR_BOUNDS, HEAT[::-1], ERROR_NAMES, title)
 
 
-def _places(result: RunResult) -> list[tuple[str, int, LinearResult]]:
+def _worst(
+    result: RunResult,
+    read: Callable[[LinearResult], float | None],
+    worse: Callable[[float, float], float],
+) -> dict[tuple[str, int], float]:
+    """The worst figure of a layer's linears of one projection, by projection and layer."""
+    cells: dict[tuple[str, int], float] = {}
     layers = [layer for layer in result.layers if layer.kind == "layer"]
-    return [
-        (projection(linear.name), column, linear)
-        for column, layer in enumerate(layers)
-        for linear in layer.linears
-    ]
+    for column, layer in enumerate(layers):
+        for linear in layer.linears:
+            place, value = (projection(linear.name), column), read(linear)
+            if value is not None:
+                cells[place] = worse(value, cells.get(place, value))
+    return cells
 
 
 def _heat_map(
     cells: Grid, bounds: Sequence[float], colours: Sequence[str], names: Sequence[str], title: str
-) -> tuple[float, float, Draw]:
+) -> Map | None:
+    if not cells:
+        return None
     rows = list(dict.fromkeys(name for name, _ in cells))
-    columns = 1 + max((column for _, column in cells), default=0)
+    columns = 1 + max(column for _, column in cells)
     width = max(WIDTH, min(2 * WIDTH + 0.5, 1.4 + 0.42 * columns))
     values = [[cells.get((row, column), math.nan) for column in range(columns)] for row in rows]
 

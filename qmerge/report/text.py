@@ -5,27 +5,29 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from qmerge.report.words import (
+from qmerge.report.figures import (
     COLUMNS,
     Cell,
     Row,
     change_phrase,
     corpora,
+    heading,
+    printable,
+    rows,
+)
+from qmerge.report.lines import (
     doubts,
     error_ratio_phrase,
     findings,
     gate_lines,
-    heading,
     merge_lines,
     pressing,
     previous_lines,
-    printable,
-    rows,
     strategy_told,
     survival_phrase,
-    verdict,
     warnings,
 )
+from qmerge.report.verdict import verdict
 from qmerge.results import Comparison, RunResult
 
 WIDTH = 100
@@ -41,9 +43,7 @@ def render(result: RunResult) -> str:
     lines = findings(result)
     if lines:
         blocks.append("\n".join(_wrapped(line, options) for line in lines))
-    for corpus in corpora(result):
-        title = heading(corpus, result.corpora.evaluation.get(corpus))
-        blocks.append("\n".join([title, *table(rows(result, corpus))]))
+    blocks += tables(result)
     blocks.append("\n".join(_facts(result)))
     others = [line for line in warnings(result) if line in pressing(result)]
     blocks.append("\n".join(_wrapped(f"warning: {line}", options) for line in others))
@@ -95,7 +95,15 @@ def _facts(result: RunResult) -> list[str]:
     return facts
 
 
-def table(found: list[Row]) -> list[str]:
+def tables(result: RunResult) -> list[str]:
+    """The arms' table of each corpus, under its heading."""
+    return [
+        "\n".join([heading(result, corpus), *_table(rows(result, corpus))])
+        for corpus in corpora(result)
+    ]
+
+
+def _table(found: list[Row]) -> list[str]:
     """Rows with labels to the left, figures and their errors each aligned to the right."""
     if not found:
         return []

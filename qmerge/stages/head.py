@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import Drift, Hessian
 from qmerge.job import Settings
 from qmerge.measure import output_power, pool_survival
@@ -33,10 +33,8 @@ Inputs = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def gather(inputs: Iterator[Inputs], width: int, device: torch.device, *, paired: bool) -> Means:
-    """Means of what the head reads [W, S, I], the release's own and, `paired`, the reference's.
-
-    The reference is drifted from by all that was quantized before.
-    """
+    """Means of what the head reads [W, S, I]: of the release's inputs, and where they are `paired`
+    with the reference's also of the drift between both, which all earlier layers have left."""
     drift = Drift(width, width, device=device) if paired else None
     moments = Moments(hessian=Hessian(width, device=device), drift=drift)
     for release, reference in inputs:

@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 
 from qmerge.formats.writing import packed_bytes
-from qmerge.gptq import GridChoice, GridSpec
+from qmerge.gptq import GridSpec
 from qmerge.job import Settings
 from qmerge.measure.remedy import Alternative
+from qmerge.recipe import GridChoice
 
 GROUPS = (128, 64, 32)
 WIDER = (4, 8)

@@ -15,7 +15,6 @@ O, I: out and in features; W, S, H: windows, tokens of a window, hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import (
     Drift,
     Grid,
@@ -92,10 +91,12 @@ class Pair:
 
     release: Forward
     reference: Forward | None
+    reduced: bool
+    """As `Settings.reduced`."""
 
     def reach(self, name: str) -> bool:
         """Bring both to a linear; whether the release's got there."""
-        with self.products():
+        with reduced_precision(self.reduced):
             if self.reference is not None:
                 self.reference.reach(name)
             return self.release.reach(name)
@@ -106,14 +107,9 @@ class Pair:
             self.reference.go_on()
 
     def finish(self) -> tuple[Hidden, Hidden | None]:
-        with self.products():
+        with reduced_precision(self.reduced):
             reference = self.reference.finish() if self.reference is not None else None
             return self.release.finish(), reference
-
-    def products(self) -> AbstractContextManager[None]:
-        """Around what is computed of them. Of one alone nothing but a Hessian is made, which can
-        be rounded; of two it is what they differ by that counts, and that is small."""
-        return reduced_precision() if self.reference is None else nullcontext()
 
     def drop(self) -> None:
         for each in (self.release, self.reference):
@@ -148,7 +144,7 @@ class Moments:
         """Add the tokens that both forwards bring to the linear they wait before."""
         release, twin = pair.release, pair.reference
         assert release.inputs is not None
-        with pair.products():
+        with reduced_precision(pair.reduced):
             self.hessian.add(release.inputs)
         if twin is None or twin.at != release.at or twin.inputs is None:
             return
@@ -307,6 +303,7 @@ class Requantizer:
             yield Pair(
                 release=through(self._layer, calibration.read, start, stop),
                 reference=through(self._reference, beside, start, stop) if beside else None,
+                reduced=self._settings.reduced,
             )
 
     def _moments(self, group: Group) -> Moments:
@@ -452,15 +449,17 @@ def _base_grid(bases: Sequence[IntegerWeight | None], settings: Settings) -> Gri
     ):
         return None
     index = grids[0].g_idx_I
-    for base in grids[1:]:
-        same = (base.g_idx_I is None) == (index is None)
-        if not same or (index is not None and not torch.equal(index, base.g_idx_I)):  # type: ignore[arg-type]
-            return None
+    if not all(_same(index, base.g_idx_I) for base in grids[1:]):
+        return None
     return Grid(
         scales_OG=torch.cat([base.scales_OG for base in grids]),
         zeros_OG=torch.cat([base.zeros_OG for base in grids]),
         g_idx_I=index,
     )
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def grid_name(anchored: float) -> str:

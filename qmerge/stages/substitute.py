@@ -21,7 +21,7 @@ differ by about 1.4.
 """
 UNKNOWN_BITS = 4
 LEFT_ALONE = 0.005
-"""The same of a tensor that was not quantized: rounding bf16 and fp16 into one another costs up to
+"""The same for a tensor that was not quantized: rounding bf16 and fp16 into one another costs up to
 0.002, and full fine-tuning moves embeddings by more."""
 ROWS = 4096
 """Rows compared at a time."""
@@ -40,7 +40,7 @@ class Likeness:
     name: str
     error: float
     bits: int | None
-    """Of its codes; None where it was not quantized."""
+    """Bits of its codes; None where it was not quantized."""
     norm: bool
     """Whether it is a vector inside a layer."""
     outer: bool

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmerge.errors import CheckpointError
+from qmerge.names import listed
 from qmerge.storage.files import read_json, regular_status, translate
 from qmerge.storage.headers import TensorInfo, read_header
 from qmerge.storage.pickled import PickledFile
@@ -209,7 +210,7 @@ def _find_index(folder: Path) -> Path | None:
         return None
     others = _matching(folder, "*.safetensors.index.json")
     if len(others) > 1:
-        raise CheckpointError(f"{folder}: several indexes: {_listed(others)}")
+        raise CheckpointError(f"{folder}: several indexes: {_named(others)}")
     if others:
         return others[0]
     pickled = folder / "pytorch_model.bin.index.json"
@@ -226,7 +227,7 @@ def _find_single(folder: Path) -> Path:
         return found[0]
     if found:
         raise CheckpointError(
-            f"{folder}: holds {_listed(found)} but no model.safetensors.index.json",
+            f"{folder}: holds {_named(found)} but no model.safetensors.index.json",
             hint="fetch the index that belongs to these shards",
         )
     if pickled.exists():
@@ -248,9 +249,8 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     )
 
 
-def _listed(files: list[Path]) -> str:
-    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    return ", ".join(file.name for file in files[:3]) + more
+def _named(files: list[Path]) -> str:
+    return listed((file.name for file in files), 3)
 
 
 def _read_index(index: Path) -> dict[str, str]:

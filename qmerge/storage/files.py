@@ -32,7 +32,7 @@ def translate(error: OSError, path: Path) -> QmergeError:
 
 
 def regular_status(path: Path) -> os.stat_result:
-    """Of a regular file; pipes, devices and folders are refused: reading them may never end.
+    """Its status; pipes, devices and folders are refused: reading them may never end.
 
     Links are followed: that is how the hub's cache keeps its files.
     """

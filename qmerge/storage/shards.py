@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ INDEX_NAME = "model.safetensors.index.json"
 # 1 MiB or less 2.5 GB/s.
 _CHUNK = 2**20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +36,14 @@ class ShardRecord:
     tensors: tuple[tuple[str, int], ...]
 
 
-def write_shard(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = _FORMAT_PT
-) -> ShardRecord:
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> ShardRecord:
     """Write one safetensors file. Equal input gives equal bytes, in whatever order it comes.
 
-    The library writes metadata in random order and only through a path; here the header is our
-    own, so that the bytes are fixed and are hashed while they are written. StorageError on failure.
+    The library writes only through a path; here the header is our own, so that the bytes are hashed
+    while they are written. StorageError on failure.
     """
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    # The widest dtype first, so that each tensor begins at a multiple of its item's size.
-    ordered = sorted(flat, key=lambda name: (-flat[name].element_size(), name))
-    header = _header(flat, ordered, metadata)
-    sha256 = _write(path, (header, *(_bytes_of(flat[name]) for name in ordered)))
-    sizes = tuple((name, tensor.nbytes) for name, tensor in flat.items())
-    total = len(header) + sum(nbytes for _, nbytes in sizes)
-    return ShardRecord(file=path.name, sha256=sha256, nbytes=total, tensors=sizes)
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return _write_tensors(path, flat, lambda name: (flat[name],), hashed=True)
 
 
 def write_pieces(
@@ -64,13 +54,7 @@ def write_pieces(
     `shapes` are tensors on the meta device, `pieces` gives the rows of one in order and in its
     dtype. Nothing is hashed: that takes longer than writing, and `sha256` is empty.
     """
-    ordered = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))
-    header = _header(shapes, ordered, _FORMAT_PT)
-    parts = (_bytes_of(piece) for name in ordered for piece in pieces(name))
-    _write(path, chain((header,), parts), hashed=False)
-    sizes = tuple((name, shapes[name].nbytes) for name in sorted(shapes))
-    total = len(header) + sum(nbytes for _, nbytes in sizes)
-    return ShardRecord(file=path.name, sha256="", nbytes=total, tensors=sizes)
+    return _write_tensors(path, shapes, pieces, hashed=False)
 
 
 def write_index(folder: Path, records: Sequence[ShardRecord]) -> str:
@@ -135,7 +119,7 @@ def sync_folder(folder: Path) -> None:
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview], *, hashed: bool = True) -> str:
     """Temporary file beside the target, fsync, rename, fsync of the folder; SHA-256 of the bytes
-    where they are `hashed`.
+    where they are `hashed`, else nothing.
 
     The temporary name is fixed, so that a killed run leaves at most one, and is made anew each
     time (`x`), so that a link planted under it is not followed.
@@ -157,7 +141,24 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview], *, hashed: bool = T
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
-    return digest.hexdigest()
+    return digest.hexdigest() if hashed else ""
+
+
+def _write_tensors(
+    path: Path,
+    shapes: Mapping[str, Tensor],
+    pieces: Callable[[str], Iterable[Tensor]],
+    *,
+    hashed: bool,
+) -> ShardRecord:
+    # The widest dtype first, so that each tensor begins at a multiple of its item's size.
+    ordered = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))
+    header = _header(shapes, ordered)
+    parts = (_bytes_of(piece) for name in ordered for piece in pieces(name))
+    sha256 = _write(path, chain((header,), parts), hashed=hashed)
+    sizes = tuple((name, shapes[name].nbytes) for name in sorted(shapes))
+    total = len(header) + sum(nbytes for _, nbytes in sizes)
+    return ShardRecord(file=path.name, sha256=sha256, nbytes=total, tensors=sizes)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -166,13 +167,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _header(
-    flat: Mapping[str, Tensor], ordered: Sequence[str], metadata: Mapping[str, str]
-) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+def _header(shapes: Mapping[str, Tensor], ordered: Sequence[str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in ordered:
-        tensor = flat[name]
+        tensor = shapes[name]
         start, end = end, end + tensor.nbytes
         entries[name] = {
             "dtype": _CODES[tensor.dtype],

@@ -7,8 +7,7 @@ from pathlib import Path
 from qmerge.errors import InputError
 from qmerge.model.opening import open_model
 from qmerge.progress import Progress, Silent
-from qmerge.reread import REPORT
-from qmerge.results import RunResult
+from qmerge.results import REPORT, RunResult
 from qmerge.verify.files import check_files, check_index, check_report
 from qmerge.verify.findings import Check, Findings, Verification
 from qmerge.verify.loaders import Opened, check_settings, check_tokenizer
@@ -30,8 +29,8 @@ def verify(
     """Look at everything that a release claims; nothing in it is changed.
 
     `against` proves the weights from the inputs; `load` loads it in transformers or gptqmodel and
-    scores a sample. Raises `InputError` where the folder is none or holds no report, and so is no
-    release, and where `load` cannot be had.
+    scores a sample. Raises `InputError` where there is no folder with a report, and where what
+    `load` needs is not installed.
     """
     progress = progress or Silent()
     if not (release / REPORT).is_file():

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from qmerge.errors import CheckpointError, InputError
-from qmerge.release import REPORT, unseal
+from qmerge.release import unseal
 from qmerge.reread import read_report
-from qmerge.results import RunResult
+from qmerge.results import REPORT, RunResult
 from qmerge.storage.files import read_json, regular_status
 from qmerge.storage.headers import read_header
 from qmerge.storage.shards import INDEX_NAME, sha256_file

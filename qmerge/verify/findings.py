@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qmerge.errors import PlanError, QmergeError
-from qmerge.model.opening import listed
+from qmerge.names import listed
 
+LISTED = 4
+"""Complaints in a sentence before it says how many more there are."""
 Outcome = Literal["pass", "fail", "note", "skip"]
 
 
@@ -45,7 +47,7 @@ class Findings:
 
     def say(self, name: str, wrong: Sequence[str], well: str) -> None:
         """A failure that lists what is wrong, or a pass."""
-        self.add(name, "fail" if wrong else "pass", listed(wrong) if wrong else well)
+        self.add(name, "fail" if wrong else "pass", listed(wrong, LISTED) if wrong else well)
 
     @contextmanager
     def at(self, name: str) -> Iterator[None]:
@@ -53,6 +55,6 @@ class Findings:
         try:
             yield
         except PlanError as error:
-            self.add(name, "fail", listed([f"{f.where}: {f.message}" for f in error.faults]))
+            self.say(name, [f"{fault.where}: {fault.message}" for fault in error.faults], "")
         except QmergeError as error:
             self.add(name, "fail", error.message)

@@ -131,7 +131,8 @@ def _check_transformers(opened: Opened, findings: Findings) -> None:
 def _check_parsed(settings: Mapping[str, Any], findings: Findings) -> None:
     """The settings in the very class that transformers makes of them."""
     name = "transformers-settings"
-    if settings.get("quant_method") == "compressed-tensors" and not _has("compressed_tensors"):
+    compressed = settings.get("quant_method") == "compressed-tensors"
+    if compressed and importlib.util.find_spec("compressed_tensors") is None:
         findings.add(
             name, "skip", "transformers reads these with compressed-tensors: not installed"
         )
@@ -291,7 +292,9 @@ def _check_experts(opened: Opened, findings: Findings) -> None:
     for path, block in blocks.items():
         names = [join(path, name) for name, _ in block.named_parameters()]
         stored = [module_of(opened.weights.names.stored[name]) for name in names]
-        wrong += [f"{each} is no name that it knows" for each in stored if not _is_expert(each)]
+        wrong += [
+            f"{each} is no name that it knows" for each in stored if not VLLM_EXPERT.fullmatch(each)
+        ]
         home, _, _ = stored[0].rpartition(f"{EXPERTS}.")
         said = _said(opened.settings, home + EXPERTS)
         wrong += [
@@ -302,10 +305,6 @@ def _check_experts(opened: Opened, findings: Findings) -> None:
     if blocks:
         count = sum(len(block.experts) for block in blocks.values())
         findings.say("vllm-experts", wrong, f"{count} experts are named and set as vLLM wants them")
-
-
-def _is_expert(module: str) -> bool:
-    return VLLM_EXPERT.fullmatch(module) is not None
 
 
 def _said(settings: Mapping[str, Any], module: str) -> tuple[object, ...] | None:
@@ -332,7 +331,3 @@ def _check_tiles(opened: Opened, findings: Findings) -> None:
         findings.add("vllm-tiles", "note", f"{text} vLLM takes a slower kernel for them")
     else:
         findings.add("vllm-tiles", "pass", f"all linears are in tiles of {outs} x {ins}")
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -17,10 +17,10 @@ import torch
 
 from qmerge.corpus import Corpus, load_corpus
 from qmerge.errors import InputError, QmergeError
-from qmerge.model.opening import listed
-from qmerge.results import CorpusRecord, RunResult
+from qmerge.names import listed
+from qmerge.results import RunResult
 from qmerge.texts import load_tokenizer
-from qmerge.verify.findings import Findings
+from qmerge.verify.findings import LISTED, Findings
 from qmerge.verify.loaders import Opened
 
 WINDOWS = 4
@@ -104,7 +104,7 @@ def _load(
         told: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if "unfilled" in told:
         names = told["unfilled"]
-        return None, f"finds nothing for {listed(names)}, and leaves that random"
+        return None, f"finds nothing for {listed(names, LISTED)}, and leaves that random"
     if "error" in told:
         return None, f"does not load it: {shorten(told['error'].splitlines()[0], LONGEST)}"
     return told["nll"], ""
@@ -129,7 +129,7 @@ def text_at_hand(
         except QmergeError as error:
             findings.add(f"perplexity-{name}", "skip", f"the text is not at hand: {error.message}")
             continue
-        if is_same_text(corpus, record):
+        if corpus.sha256 == record.sha256:
             found.append(corpus)
         else:
             text = (
@@ -137,10 +137,6 @@ def text_at_hand(
             )
             findings.add(f"perplexity-{name}", "skip", text)
     return found
-
-
-def is_same_text(corpus: Corpus, record: CorpusRecord) -> bool:
-    return corpus.sha256 == record.sha256
 
 
 def _compare(name: str, windows: list[float], result: RunResult, findings: Findings) -> None:

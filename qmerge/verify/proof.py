@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from qmerge.errors import PlanError, RecipeError
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.gptq import Hessian
 from qmerge.job import Job
 from qmerge.measure import linear_survival, output_power, pool_survival, relative_error
@@ -46,9 +45,9 @@ ALIKE = 0.25
 """Least cosine of a packed weight with the merged one, none where they have nothing in common.
 With 2 bits and corrections of what earlier layers lost, a tiny model's worst linear has 0.5."""
 CANCELLED = 2.0**-20
-"""Of a merged weight's largest value: what is left where float32 cancels depends on the order of
-sums. In another order they differ by up to 2^-22 of it (2048 x 2048, rank 16), and some 10 values
-in 4 million by more than an ulp of bf16."""
+"""Share of a merged weight's largest value: what is left where float32 cancels depends on the order
+of sums. In another order they differ by up to 2^-22 of it (2048 x 2048, rank 16), and some 10
+values in 4 million by more than an ulp of bf16."""
 TEXT = "calibration"
 CALIBRATION = "--calibration"
 """Where a plan tells faults of the calibration text."""
@@ -205,7 +204,7 @@ class Proof:
                 self.wrong["error"].append(full)
 
     def _head(self, name: str, merged: Weights, second: Hessian | None) -> None:
-        """The same of a packed head, whose rows are too many to look at at once."""
+        """As `_survival`, of a packed head, which has too many rows to be looked at as a whole."""
         parameter, said = name + WEIGHT, self.reported.get(name)
         packed = self.release.is_quantized(parameter)
         grid = self.release.integer(parameter) if packed else None
@@ -297,7 +296,7 @@ class _Text:
             for group in groups
         }
         with (
-            nullcontext() if self.job.settings.asymmetric else reduced_precision(),
+            reduced_precision(self.job.settings.reduced),
             calibrating(layer, count_choices(layer, self._forwards(layer, call))),
             before_linears(
                 layer, {name: modules[name] for name in moments}, lambda n, x: moments[n].add(x)
@@ -361,25 +360,13 @@ def _recipe(folder: Path, result: RunResult, against: Against) -> Recipe:
 
 def _check_inputs(recipe: Recipe, result: RunResult, findings: Findings) -> None:
     """The folders given are those that the report names, file by file."""
-    given = {"base": recipe.base, "original": recipe.original}
-    several = len(recipe.adapter) > 1
-    for number, each in enumerate(recipe.adapters(), start=1):
-        given[f"adapter {number}" if several else "adapter"] = each.folder
     wrong = []
-    for role, folder in given.items():
-        if folder is None:
-            continue
-        record = result.inputs.get(role, InputRecord(path=""))
+    for role, folder in recipe.folders().items():
+        said = result.inputs.get(role, InputRecord(path="")).files
         found = folder_record(folder).files
-        names = sorted(
-            n for n in found.keys() | record.files.keys() if _differ(n, found, record.files)
-        )
+        names = sorted(n for n in found.keys() | said.keys() if found.get(n) != said.get(n))
         wrong += [f"{role}: {name} is not what the report says" for name in names]
     findings.say("inputs", wrong, "base and adapter are those that the report names")
-
-
-def _differ(name: str, first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    return first.get(name) != second.get(name)
 
 
 def _job(recipe: Recipe) -> tuple[Job, str | None]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from qmerge.errors import QmergeError
-from qmerge.formats.base import IntegerWeight
-from qmerge.formats.gptq import SERVED_AS
+from qmerge.formats.gptq import served_together
+from qmerge.formats.integer import IntegerWeight
 from qmerge.model.experts import blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE, Frame
 from qmerge.model.layer import Call, fill, linears, sibling_groups
@@ -148,8 +148,7 @@ class WeightChecks:
     def _siblings(
         self, unit: Unit, decoded: Mapping[str, torch.Tensor], call: Call
     ) -> Iterator[tuple[str, ...]]:
-        """Linears of one module that read the same input, which is what servers fuse; where it is
-        known what vLLM makes of them, those of one such."""
+        """Linears that servers fuse."""
         layer = self.skeleton.layer(unit.index)
         relative = {name[len(unit.path) + 1 :]: tensor for name, tensor in decoded.items()}
         if len(relative) < len(unit.parameters):
@@ -158,11 +157,9 @@ class WeightChecks:
         width = self.skeleton.hidden_size
         hidden = torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(0))
         for group in sibling_groups(layer, hidden, call, linears(layer)):
-            places: dict[tuple[str, str | None], list[str]] = defaultdict(list)
-            for name in group:
-                parent, _, own = name.rpartition(".")
-                places[parent, SERVED_AS.get(own)].append(join(unit.path, name))
-            yield from (tuple(names) for names in places.values() if len(names) > 1)
+            for names in served_together(join(unit.path, name) for name in group):
+                if len(names) > 1:
+                    yield tuple(names)
 
     def _agree(self, group: Iterable[str]) -> bool:
         return len({self.packed.get(name) for name in group}) == 1

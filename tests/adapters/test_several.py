@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qmerge.adapters import METHODS, Chain, Change, combine, inject, open_adapter, overlay
+from qmerge.adapters import Chain, Change, combine, inject, open_adapter, overlay
 from qmerge.errors import AdapterError, PlanError, RecipeError
+from qmerge.recipe import Combination
 from tests.adapters import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -114,8 +115,8 @@ def peft_combined(base: Any, folders: list[Path], weights: list[float], **option
 DENSE = ("linear", "cat", "svd")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_combined_as_peft_combines(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", get_args(Combination))
+def test_combined_as_peft_combines(method: Combination, tmp_path: Path) -> None:
     base = tiny.model()
     folders = [
         lora(tmp_path / "a", 1, target_modules=["q_proj", "up_proj", "embed_tokens"]),
@@ -209,10 +210,8 @@ def test_each_part_of_a_combination_does_something(tmp_path: Path) -> None:
     assert combine(tiny.skeleton(), adapters, [1, 1], "cat", allow_noop=True).refusal is None
 
 
-def test_unknown_combination(tmp_path: Path) -> None:
+def test_combination_that_needs_a_density(tmp_path: Path) -> None:
     adapters = [open_adapter(lora(tmp_path / "a", 1))]
-    with pytest.raises(RecipeError, match="unknown"):
-        combine(tiny.skeleton(), adapters, [1], "blend")
     with pytest.raises(RecipeError, match="density"):
         combine(tiny.skeleton(), adapters, [1], "ties")
 

@@ -111,7 +111,7 @@ def folders(
 
 def packed(original: Path, folder: Path, form: Any) -> Path:
     """The original with every linear of its layers rounded to nearest."""
-    from qmerge.formats.base import IntegerWeight
+    from qmerge.formats.integer import IntegerWeight
     from qmerge.formats.writing import pack, quantization_config
     from qmerge.storage.shards import write_shard
 

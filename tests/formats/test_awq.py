@@ -10,7 +10,7 @@ import torch
 
 from qmerge.errors import CheckpointError
 from qmerge.formats import open_format
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from tests.formats import tiny
 
 NAME = f"{tiny.Q_PROJ}.weight"

@@ -41,7 +41,7 @@ def test_dense_in_pieces_and_rounded_once(
 ) -> None:
     weight = tiny.grid(rows=33, symmetric=False, shuffled=shuffled)
     whole = tiny.naive_dense(weight).to(dtype)
-    monkeypatch.setattr("qmerge.formats.base.CHUNK", 256)
+    monkeypatch.setattr("qmerge.formats.integer.CHUNK", 256)
     assert torch.equal(weight.dense(dtype), whole)
 
 

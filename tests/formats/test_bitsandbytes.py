@@ -94,7 +94,7 @@ def test_shapes_that_fill_no_block(tmp_path: Path, shape: tuple[int, int], doubl
 
 def test_decoded_in_more_than_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, theirs = parts_4bit(weight(33, 70), double=True)
-    monkeypatch.setattr("qmerge.formats.base.CHUNK", 128)
+    monkeypatch.setattr("qmerge.formats.integer.CHUNK", 128)
     assert torch.equal(open_format(tiny.save(tmp_path, parts, SETTINGS)).dense(NAME), theirs)
 
 

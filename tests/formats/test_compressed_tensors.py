@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import open_format
-from qmerge.formats.base import IntegerWeight
 from qmerge.formats.compressed_tensors import pack_compressed, quantization_config
 from qmerge.formats.gptq import pack_gptq
+from qmerge.formats.integer import IntegerWeight
 from tests.formats import tiny
 
 NAME = f"{tiny.Q_PROJ}.weight"

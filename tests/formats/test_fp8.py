@@ -57,7 +57,7 @@ def test_a_scale_per_block(tmp_path: Path, shape: tuple[int, int]) -> None:
 def test_decoded_in_more_than_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    monkeypatch.setattr("qmerge.formats.base.CHUNK", 3 * width)
+    monkeypatch.setattr("qmerge.formats.integer.CHUNK", 3 * width)
     code, scale = codes(50, width), scales(4, -(-width // 8))
     opened = open_format(tiny.save(tmp_path, {NAME: code, f"{NAME}_scale_inv": scale}, SETTINGS))
     assert torch.equal(opened.dense(NAME), by_block(code, scale, 16, 8))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from qmerge.errors import CheckpointError, RecipeError
 from qmerge.formats import open_format
-from qmerge.formats.base import IntegerWeight
 from qmerge.formats.gptq import V1Zeros, pack_gptq, quantization_config, true_zeros
+from qmerge.formats.integer import IntegerWeight
 from qmerge.formats.writing import packed_bytes
 from tests.formats import tiny
 

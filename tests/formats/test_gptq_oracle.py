@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from qmerge.formats import open_format
-from qmerge.formats.base import IntegerWeight
 from qmerge.formats.gptq import pack_gptq, quantization_config
+from qmerge.formats.integer import IntegerWeight
 from qmerge.storage.checkpoint import Checkpoint
 from tests.formats import tiny
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmerge.formats.base import IntegerWeight
+from qmerge.formats.integer import IntegerWeight
 from qmerge.storage.checkpoint import Checkpoint
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from qmerge.errors import RecipeError
-from qmerge.gptq import GridSpec, Hessian, Order, Solution, solve_update
+from qmerge.gptq import GridSpec, Hessian, Solution, solve_update
+from qmerge.recipe import ActOrder
 from tests.gptq import reference
 from tests.gptq.problems import inputs, second_moment, weight
 
 OUT, WIDTH, GROUP = 6, 64, 16
 SPEC = GridSpec(bits=4, group_size=GROUP)
-ORDERS: tuple[Order, ...] = ("none", "group", "full")
+ORDERS: tuple[ActOrder, ...] = ("none", "group", "full")
 
 
 def solve(W: Tensor, H: Tensor, spec: GridSpec = SPEC, **asked: Any) -> Solution:
@@ -34,7 +35,7 @@ def nearest(W: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_dead_columns_keep_nearest_rounding(order: Order) -> None:
+def test_dead_columns_keep_nearest_rounding(order: ActOrder) -> None:
     H, W = second_moment(WIDTH, seed=1), weight(OUT, WIDTH, seed=1)
     dead = [0, 5, 17, 63]
     H[dead], H[:, dead] = 0.0, 0.0
@@ -49,7 +50,7 @@ def test_dead_columns_keep_nearest_rounding(order: Order) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("order", ORDERS)
-def test_few_tokens(tokens: int, order: Order) -> None:
+def test_few_tokens(tokens: int, order: ActOrder) -> None:
     X = inputs(tokens, WIDTH, seed=2).float()
     hessian = Hessian(WIDTH)
     hessian.add(X)
@@ -85,7 +86,7 @@ def test_indefinite_matrix_takes_the_diagonal_floor() -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("order", ORDERS)
-def test_hessian_that_is_not_finite_leaves_nearest_rounding(poison: float, order: Order) -> None:
+def test_hessian_that_is_not_finite_leaves_nearest_rounding(poison: float, order: ActOrder) -> None:
     H, W = second_moment(WIDTH, seed=5).float(), weight(OUT, WIDTH, seed=5).float()
     H[7, 9] = H[9, 7] = poison
     solution = solve(W, H, order=order)

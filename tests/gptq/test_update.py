@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmerge.gptq import Grid, GridSpec, Order, aim, factor, solve_update
+from qmerge.gptq import Grid, GridSpec, aim, factor, solve_update
+from qmerge.recipe import ActOrder
 from tests.gptq import reference, reference_update
 from tests.gptq.problems import inputs, second_moment, weight
 
@@ -43,7 +44,7 @@ def test_equals_naive_float64(
     size: float,
     unit_survival: bool,
     refine: bool,
-    order: Order,
+    order: ActOrder,
 ) -> None:
     H = second_moment(WIDTH, seed=2)
     base = base_of(H, bits, symmetric)
@@ -176,7 +177,7 @@ def test_a_sibling_left_alone_keeps_its_codes(choice: str) -> None:
 
 @pytest.mark.parametrize("order", ["none", "group", "full"])
 @pytest.mark.parametrize("mixed_base", [False, True])
-def test_groups_are_those_the_release_can_express(order: Order, mixed_base: bool) -> None:
+def test_groups_are_those_the_release_can_express(order: ActOrder, mixed_base: bool) -> None:
     H = second_moment(WIDTH, seed=12).float()
     W, mixed = weight(OUT, WIDTH, seed=1), torch.arange(WIDTH) % (WIDTH // GROUP)
     steps = reference.grid(W, group=GROUP, g_idx=mixed if mixed_base else None)

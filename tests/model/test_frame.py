@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from qmerge.errors import ModelError
 from qmerge.model.experts import opened
-from qmerge.model.frame import Frame, probe
+from qmerge.model.frame import Frame
 from qmerge.model.layer import Call, before_linears, fill, linears, move, run, sibling_groups
+from qmerge.model.probe import probe
 from qmerge.model.skeleton import Skeleton, build_skeleton
 
 SMALL = {

@@ -8,10 +8,10 @@ import torch
 from qmerge.model.frame import Frame
 from qmerge.model.layer import fill, forward, linears
 from qmerge.model.paused import Forward, watched
-from qmerge.model.residual import LAYER_INPUT, residual_places
+from qmerge.model.residual import residual_places
 from tests.model.test_frame import State, layer_weights, parts
 
-PRE_NORM = {"self_attn.o_proj": LAYER_INPUT, "mlp.down_proj": "post_attention_layernorm"}
+PRE_NORM = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 
 
 @pytest.mark.parametrize(

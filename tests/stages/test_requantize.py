@@ -3,7 +3,6 @@ there is what the reference has and the release lacks."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -76,7 +75,7 @@ def requantized(
         waiting=waiting,
     )
     outputs = [own for own, _ in work.run(calibration)]
-    with nullcontext() if settings.asymmetric else reduced_precision():
+    with reduced_precision(settings.reduced):
         return work, outputs, layer, run(layer, drifted, calls[0])
 
 
@@ -152,6 +151,7 @@ def test_the_drift_of_a_residual_stream_is_taken_behind_the_linear() -> None:
     pair = Pair(
         release=waiting_at("o_proj", x, stream),
         reference=waiting_at("o_proj", reference_x, reference_stream),
+        reduced=False,
     )
     moments = Moments(hessian=Hessian(7), residual=(Drift(5, 7), merged_OI))
     moments.add(pair)

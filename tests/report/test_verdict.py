@@ -12,24 +12,10 @@ from qmerge.formats.base import FormatSummary
 from qmerge.measure import Limits, check_limits
 from qmerge.report import render, render_card
 from qmerge.report.checks import of_result
-from qmerge.report.words import (
-    OF_LINEARS,
-    OTHER_STRATEGY,
-    STATISTICS,
-    WORDS,
-    change_cell,
-    duration,
-    findings,
-    gain_kept,
-    legend,
-    loud,
-    rows,
-    size,
-    statistics,
-    verdict,
-    weakest,
-    words,
-)
+from qmerge.report.figures import STATISTICS, change_cell, duration, rows, size, statistics
+from qmerge.report.glossary import OF_LINEARS, OTHER_STRATEGY, WORDS, legend, words
+from qmerge.report.lines import findings, loud, weakest
+from qmerge.report.verdict import gain_kept, verdict
 from qmerge.results import ArmScore, Change, Remedy, RunResult, Survival
 from qmerge.training import decide
 from tests.samples import finished, quantized, without_adapter_figures
