@@ -23,7 +23,7 @@ from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.formats.stacked import Stack
 from qmerge.heap import give_back
-from qmerge.job import Faults
+from qmerge.job import Faults, check_out
 from qmerge.job import partial as partial_folder
 from qmerge.model.opening import fused_only, open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
@@ -64,8 +64,7 @@ def export(
     Raises `PlanError` with every fault of what is to be merged.
     """
     progress = progress or Silent()
-    if recipe.out.exists() or recipe.out.is_symlink():
-        raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
+    check_out(recipe.out)
     source = _open(recipe)
     weights, change = source.weights, source.change
     target = DTYPES[dtype] if dtype else model_dtype(weights.checkpoint.config)

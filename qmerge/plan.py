@@ -22,8 +22,7 @@ from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, load
 from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, beside, grids, misfits, serving_notes, torn
 from qmerge.heap import keep_freed
-from qmerge.job import Faults, Job, Settings, pick_device
-from qmerge.machine import existing
+from qmerge.job import Faults, Job, Settings, check_out, pick_device
 from qmerge.model.frame import probe
 from qmerge.model.opening import open_model, open_original, told
 from qmerge.model.paused import Held
@@ -93,6 +92,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """Open everything, check everything, spend nothing."""
     keep_freed()
     faults = Faults()
+    with faults.at("--out"):
+        check_out(recipe.out)
     job = _make_job(recipe, faults)
     done: frozenset[str] = frozenset()
     if job is not None:
@@ -125,7 +126,6 @@ def _done_before(job: Job, faults: Faults) -> frozenset[str]:
 def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
-    _check_out(recipe, faults)
     skeleton = base = original = previous = settings = device = None
     texts: tuple[Corpus, tuple[Corpus, ...]] | None = None
     specs: dict[str, GridSpec] = {}
@@ -277,19 +277,6 @@ def _tunes_single_experts(folder: Path) -> bool:
         return any(SINGLE_EXPERT.search(name) for name in open_adapter(folder).tensors)
     except QmergeError:  # told where the adapter is opened to be merged
         return False
-
-
-def _check_out(recipe: Recipe, faults: Faults) -> None:
-    if recipe.out.exists() or recipe.out.is_symlink():
-        faults.found.append(
-            Fault(
-                where="--out",
-                message=f"{recipe.out} exists",
-                hint="name a folder that does not exist yet, or remove this one",
-            )
-        )
-    elif not existing(recipe.out).is_dir():
-        faults.found.append(Fault(where="--out", message=f"{existing(recipe.out)} is not a folder"))
 
 
 def _open_original(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from qmerge import machine
 from qmerge.cli import status
-from qmerge.errors import PlanError
+from qmerge.errors import InputError, PlanError
 from qmerge.export import export
 from qmerge.job import partial
 from qmerge.pipeline import run
@@ -151,7 +152,7 @@ def started(recipe: Recipe, **options: Any) -> Recipe:
     return recipe
 
 
-@pytest.mark.parametrize("out", [".", "/"])
+@pytest.mark.parametrize("out", [".", "/", "nowhere/.."])
 def test_a_place_without_a_name_is_a_fault(
     asked: Recipe, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,29 @@ def test_a_place_without_a_name_is_a_fault(
     file.write_text(asked.to_yaml())
     assert status(["run", str(file), "--out", out]) == 2
     assert f"error: --out: {out} exists\nhint:" in capsys.readouterr().err
+
+
+def test_a_place_where_nothing_can_be_made_is_a_fault(
+    asked: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut, long = asked.out.with_name("shut"), asked.out.with_name("x" * 250)
+    longer = asked.out.with_name("x" * 300) / "out"
+    shut.mkdir()
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, how: (path != shut or how == os.F_OK) and may(path, how)
+    )
+    for out, said in (
+        (shut / "new" / "out", f"nothing may be written in {shut}"),
+        (long, f"{long}: a longer name than the file system takes"),
+        (longer, f"{longer}: a longer name than the file system takes"),
+    ):
+        recipe = replace(asked, out=out)
+        with pytest.raises(PlanError) as caught:
+            run(recipe)
+        assert [(fault.where, fault.message) for fault in caught.value.faults] == [("--out", said)]
+        with pytest.raises(InputError, match=re.escape(said)):
+            export(recipe)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
