@@ -56,6 +56,8 @@ from qmerge.workspace import done_before
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
 FEWEST_OUTPUTS = 8
+PACK_QUANTIZED = "pack-quantized"
+"""How compressed-tensors calls codes of few bits on a grid."""
 FUSED_IN_16 = (
     "the experts are taken in 16 bits: training that keeps them fused, as transformers 5 does,"
     " quantizes the other linears only"
@@ -350,12 +352,14 @@ def _texts(
 
 
 def _spec(recipe: Recipe, base: Weights) -> GridSpec:
-    """What was asked, else what a GPTQ base has, else 4 bits in symmetric groups of 128."""
+    """What was asked, else what a base on integer grids has, else 4 bits in symmetric groups of
+    128."""
     summary = base.format.summary
-    like = summary if summary.method.startswith("gptq") else None
+    gptq = summary.method.startswith("gptq")
+    like = summary if gptq or summary.checkpoint_format == PACK_QUANTIZED else None
     group = like.group_size if like and like.group_size in SERVED_GROUPS else DEFAULT_GROUP
     bits = like.bits if like and like.bits else DEFAULT_BITS
-    symmetric = like.symmetric if like and like.symmetric is not None else True
+    symmetric = like.symmetric if like and gptq and like.symmetric is not None else True
     return GridSpec(
         bits=recipe.bits or bits,
         group_size=recipe.group_size or group,
