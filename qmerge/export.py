@@ -43,7 +43,14 @@ from qmerge.storage.shards import (
     write_json,
     write_pieces,
 )
-from qmerge.texts import check_tokens, has_tokenizer, load_tokenizer, tokenizer_home
+from qmerge.texts import (
+    check_tokens,
+    has_tokenizer,
+    load_tokenizer,
+    stray_templates,
+    tokenizer_home,
+    tokenizer_notes,
+)
 from qmerge.tuning import open_tuning, tuning_notes
 
 MERGED_AT_ONCE = 1 << 19
@@ -112,11 +119,13 @@ def _open(recipe: Recipe) -> _Source:
     tuning = open_tuning(recipe, skeleton, weights, faults)
     shape = tuning.shape if tuning else Shape(skeleton=skeleton)
     home = tokenizer_home(recipe.base, *recipe.trained())
+    notes += stray_templates(home, recipe.trained())
     if home != recipe.base:
         with faults.at("tokenizer"):
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             rows = vocabulary_of(shape.skeleton)
             check_tokens(tokenizer, home, recipe.base, rows, trust=trust)
+            notes += tokenizer_notes(tokenizer, home, recipe.base, trust=trust)
     elif not has_tokenizer(home, trust_remote_code=trust):
         notes.append(f"{home} holds no tokenizer, and neither will {recipe.out}")
     if faults.found:

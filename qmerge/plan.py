@@ -45,7 +45,9 @@ from qmerge.texts import (
     load_processor,
     load_tokenizer,
     overlap_notes,
+    stray_templates,
     tokenizer_home,
+    tokenizer_notes,
     window_length,
     window_notes,
 )
@@ -175,6 +177,7 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
     notes += _left_dense(skeleton)
     if tokenizer_folder != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {tokenizer_folder}")
+    notes += stray_templates(tokenizer_folder, recipe.trained())
     if tuning:
         folders = (recipe.base, recipe.original or recipe.base)
         notes += tuning_notes(tuning, *folders)
@@ -326,6 +329,7 @@ def _texts(
             trust = recipe.trust_remote_code
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             check_tokens(tokenizer, home, recipe.base, vocabulary_of(skeleton), trust=trust)
+            notes += tokenizer_notes(tokenizer, home, recipe.base, trust=trust)
     if not length or tokenizer is None:
         with faults.at("--calibration"):
             check_calibration(recipe.calibration or OFFLINE_CALIBRATION)

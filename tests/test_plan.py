@@ -423,3 +423,27 @@ def test_stdout_is_for_data_and_gptqmodel_is_not_imported(asked: Recipe) -> None
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["faults"] == []
+
+
+def test_what_a_saved_tokenizer_lacks_is_told(asked: Recipe) -> None:
+    """A template of the base, and an end of answers that generation does not know."""
+    from transformers import AutoTokenizer
+
+    adapter = Path(asked.adapter[0])
+    template = "chat_template.jinja"
+    (adapter / template).write_text("{{ messages }}")
+    stray = f"{adapter / template} is not taken: the tokenizer is that of {asked.base}"
+    assert stray in make_plan(asked).summary.notes
+    (adapter / template).rename(asked.base / template)
+    tokenizer = AutoTokenizer.from_pretrained(asked.base)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(adapter)
+    lost = f"the base has a chat template, and the tokenizer of {adapter}, which is taken, has none"
+    assert lost in (notes := make_plan(asked).summary.notes)
+    assert not any("may not stop" in note for note in notes)
+    tokenizer.eos_token = "e"
+    tokenizer.save_pretrained(adapter)
+    (note,) = (note for note in make_plan(asked).summary.notes if "may not stop" in note)
+    assert "training ended texts with 'e'" in note
+    assert str(asked.base / "generation_config.json") in note
+    assert {lost, note} <= set(export(replace(asked, out=asked.out.with_name("x")))["notes"])
