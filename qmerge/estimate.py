@@ -17,7 +17,7 @@ import torch
 from qmerge import machine
 from qmerge.errors import Fault
 from qmerge.formats.writing import packed_bytes
-from qmerge.job import NOISE_WINDOWS, Job, arm_names, partial_folder
+from qmerge.job import NOISE_WINDOWS, Job, arm_names, existing, partial_folder
 from qmerge.measure.gate import limits_of, told_limits
 from qmerge.model.experts import HESSIAN_BYTES, blocks_of
 from qmerge.model.frame import ROWS_AT_ONCE
@@ -249,7 +249,7 @@ def room_faults(job: Job) -> list[Fault]:
             Fault(
                 where="--out",
                 message=f"the run needs about {_mib(needed)} of disk, {_mib(free)} are free in"
-                f" {machine.existing(out.absolute().parent)}",
+                f" {existing(out.absolute().parent)}",
                 hint="free some space, or give an --out on another disk",
             )
         )

@@ -23,7 +23,7 @@ from qmerge.adapters import Change
 from qmerge.errors import InputError, PlanError, StorageError
 from qmerge.formats.stacked import Stack
 from qmerge.heap import give_back
-from qmerge.job import Faults, partial_folder
+from qmerge.job import Faults, check_out, partial_folder
 from qmerge.model.opening import fused_only, open_model
 from qmerge.model.reshape import Shape, restate, vocabulary_of
 from qmerge.model.skeleton import Skeleton
@@ -42,7 +42,14 @@ from qmerge.storage.shards import (
     write_json,
     write_pieces,
 )
-from qmerge.texts import check_tokens, has_tokenizer, load_tokenizer, tokenizer_home
+from qmerge.texts import (
+    check_tokens,
+    has_tokenizer,
+    load_tokenizer,
+    stray_templates,
+    tokenizer_home,
+    tokenizer_notes,
+)
 from qmerge.tuning import open_tuning, tuning_notes
 
 MERGED_AT_ONCE = 1 << 19
@@ -62,8 +69,7 @@ def export(
     Raises `PlanError` with every fault of what is to be merged.
     """
     progress = progress or Silent()
-    if recipe.out.exists() or recipe.out.is_symlink():
-        raise InputError(f"{recipe.out} exists", hint="name a folder that does not exist yet")
+    check_out(recipe.out)
     source = _open(recipe)
     weights, change = source.weights, source.change
     target = getattr(torch, dtype) if dtype else model_dtype(weights.checkpoint.config)
@@ -111,11 +117,13 @@ def _open(recipe: Recipe) -> _Source:
     tuning = open_tuning(recipe, skeleton, weights, faults)
     shape = tuning.shape if tuning else Shape(skeleton=skeleton)
     home = tokenizer_home(recipe.base, *recipe.trained())
+    notes += stray_templates(home, recipe.trained())
     if home != recipe.base:
         with faults.at("tokenizer"):
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             rows = vocabulary_of(shape.skeleton)
             check_tokens(tokenizer, home, recipe.base, rows, trust=trust)
+            notes += tokenizer_notes(tokenizer, home, recipe.base, trust=trust)
     elif not has_tokenizer(home, trust_remote_code=trust):
         notes.append(f"{home} holds no tokenizer, and neither will {recipe.out}")
     if faults.found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from qmerge.adapters import Adapter, Change
 from qmerge.corpus import Corpus
-from qmerge.errors import Fault, ModelError, PlanError, QmergeError
+from qmerge.errors import Fault, InputError, ModelError, PlanError, QmergeError
 from qmerge.gptq import GridSpec
 from qmerge.model.paused import Held
 from qmerge.model.skeleton import Skeleton
@@ -125,6 +126,29 @@ def arm_names(job: Job) -> tuple[str, ...]:
 def partial_folder(out: Path) -> Path:
     """Where a run that publishes `out` works."""
     return out.with_name(f"{out.name}.partial")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if os.access(p, os.F_OK))
+
+
+def check_out(out: Path) -> None:
+    """`InputError` where something stands at `out`, or nothing can be made there."""
+    above = existing(out.parent)
+    if not above.is_dir():
+        raise InputError(f"{above} is not a folder")
+    made = partial_folder(out).absolute().relative_to(above.absolute()).parts if out.name else ()
+    if any(len(os.fsencode(part)) > os.pathconf(above, "PC_NAME_MAX") for part in made):
+        raise InputError(f"{out}: a longer name than the file system takes")
+    if out.name in ("", "..") or os.access(out, os.F_OK) or out.is_symlink():
+        raise InputError(
+            f"{out} exists", hint="name a folder that does not exist yet, or remove this one"
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(
+            f"nothing may be written in {above}", hint="give a place that can be written to"
+        )
 
 
 class Faults:

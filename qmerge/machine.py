@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from qmerge.gptq import Drift, GridSpec, Hessian, solve_update
+from qmerge.job import existing
 from qmerge.measure.tokens import TokenAccumulator
 from qmerge.model.frame import Frame, GivenWeights
 from qmerge.model.layer import called_bytes as bytes_of_calls
@@ -65,11 +66,6 @@ def disk_free(path: Path) -> int:
     """Bytes free where `path` is or will be."""
     status = os.statvfs(existing(path))
     return status.f_bavail * status.f_frsize
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def memory_size(device: torch.device) -> int:

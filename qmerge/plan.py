@@ -22,8 +22,7 @@ from qmerge.formats.simulated import AS_STORED, BaseQuant, SimulatedReader, load
 from qmerge.gptq import GridSpec
 from qmerge.grids import SERVED_GROUPS, beside, grids, misfits, serving_notes, torn
 from qmerge.heap import keep_freed
-from qmerge.job import Faults, Job, Settings, pick_device
-from qmerge.machine import existing
+from qmerge.job import Faults, Job, Settings, check_out, pick_device
 from qmerge.model.opening import open_model, open_original, told
 from qmerge.model.paused import Held
 from qmerge.model.probe import probe
@@ -46,7 +45,9 @@ from qmerge.texts import (
     load_processor,
     load_tokenizer,
     overlap_notes,
+    stray_templates,
     tokenizer_home,
+    tokenizer_notes,
     window_length,
     window_notes,
 )
@@ -57,6 +58,8 @@ from qmerge.workspace import done_before
 DEFAULT_BITS = 4
 DEFAULT_GROUP = 128
 FEWEST_OUTPUTS = 8
+PACK_QUANTIZED = "pack-quantized"
+"""How compressed-tensors calls codes of few bits on a grid."""
 FUSED_IN_16 = (
     "the experts are taken in 16 bits: training that keeps them fused, as transformers 5 does,"
     " quantizes the other linears only"
@@ -93,6 +96,8 @@ def make_plan(recipe: Recipe) -> Plan:
     """Open everything, check everything, spend nothing."""
     keep_freed()
     faults = Faults()
+    with faults.at("--out"):
+        check_out(recipe.out)
     job = _make_job(recipe, faults)
     done: frozenset[str] = frozenset()
     if job is not None:
@@ -150,7 +155,6 @@ class _Models:
 def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | None:
     """Every check runs that can, whatever the others found."""
     faults.found += recipe.faults()
-    _check_out(recipe, faults)
     found = _open_base(recipe, faults)
     tuning = open_tuning(recipe, found.skeleton, found.trained, faults)
     models = _open_models(recipe, found, tuning, faults)
@@ -167,6 +171,7 @@ def _make_job(recipe: Recipe, faults: Faults, *, scored: bool = True) -> Job | N
     notes += _left_dense(skeleton)
     if home != recipe.base:
         notes.append(f"tokenizer files are those that training saved in {home}")
+    notes += stray_templates(home, recipe.trained())
     if tuning:
         notes += tuning_notes(tuning, recipe.base, recipe.original or recipe.base)
     notes += fewer(calibration, recipe.calibration_samples)
@@ -325,19 +330,6 @@ def _tunes_single_experts(folder: Path) -> bool:
         return False
 
 
-def _check_out(recipe: Recipe, faults: Faults) -> None:
-    if recipe.out.exists() or recipe.out.is_symlink():
-        faults.found.append(
-            Fault(
-                where="--out",
-                message=f"{recipe.out} exists",
-                hint="name a folder that does not exist yet, or remove this one",
-            )
-        )
-    elif not existing(recipe.out).is_dir():
-        faults.found.append(Fault(where="--out", message=f"{existing(recipe.out)} is not a folder"))
-
-
 def _open_original(
     recipe: Recipe, skeleton: Skeleton, base: Weights, shape: Shape, notes: list[str]
 ) -> Weights | None:
@@ -383,6 +375,7 @@ def _texts(
             trust = recipe.trust_remote_code
             tokenizer = load_tokenizer(home, trust_remote_code=trust)
             check_tokens(tokenizer, home, recipe.base, vocabulary_of(skeleton), trust=trust)
+            notes += tokenizer_notes(tokenizer, home, recipe.base, trust=trust)
     if not length or tokenizer is None:
         with faults.at("--calibration"):
             check_calibration(recipe.calibration or OFFLINE_CALIBRATION)
@@ -409,12 +402,14 @@ def _texts(
 
 
 def _spec(recipe: Recipe, base: Weights) -> GridSpec:
-    """What was asked, else what a GPTQ base has, else 4 bits in symmetric groups of 128."""
+    """What was asked, else what a base on integer grids has, else 4 bits in symmetric groups of
+    128."""
     summary = base.format.summary
-    like = summary if summary.method.startswith("gptq") else None
+    gptq = summary.method.startswith("gptq")
+    like = summary if gptq or summary.checkpoint_format == PACK_QUANTIZED else None
     group = like.group_size if like and like.group_size in SERVED_GROUPS else DEFAULT_GROUP
     bits = like.bits if like and like.bits else DEFAULT_BITS
-    symmetric = like.symmetric if like and like.symmetric is not None else True
+    symmetric = like.symmetric if like and gptq and like.symmetric is not None else True
     return GridSpec(
         bits=recipe.bits or bits,
         group_size=recipe.group_size or group,

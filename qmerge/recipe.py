@@ -241,14 +241,18 @@ class Recipe(Scoring):
         128, whole(1), "Text", "Windows of calibration text; at most what it holds."
     )
     bits: int | None = option(
-        None, choice(2, 3, 4, 8), "Quantizer", "Bits of a code.", unset="a GPTQ base's, else 4"
+        None,
+        choice(2, 3, 4, 8),
+        "Quantizer",
+        "Bits of a code.",
+        unset="a GPTQ or compressed-tensors base's, else 4",
     )
     group_size: int | None = option(
         None,
         choice(-1, 32, 64, 128),
         "Quantizer",
         "Input columns that share a step; -1 is one group for all.",
-        unset="a GPTQ base's, else 128",
+        unset="a GPTQ or compressed-tensors base's, else 128",
     )
     symmetric: bool | None = option(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,23 @@ OWN_FILES = frozenset(
         "config.json",
         "quantize_config.json",
         "quantization_config.json",
+        "quant_config.json",
+        "hf_quant_config.json",
         "quant_log.csv",
+        "recipe.yaml",
         CARD,
         REPORT,
         RECIPE,
         PAGE,
     )
 )
-"""Files of a base that speak of its own quantization, and those that a release writes itself."""
+"""Files of a base that speak of its own quantization (by AutoAWQ, ModelOpt, GPTQModel and
+llm-compressor among others), and those that a release writes itself."""
+LEFT_BEHIND = re.compile(
+    r"(trainer_state|(all|train|eval|test|predict)_results)\.json|trainer_log\.jsonl"
+    r"|training_args\.(json|yaml)|events\.out\.tfevents\..*|.*\.(log|tmp|bak)|.*~"
+)
+"""What training and editing leave in a folder, and no user of a model needs."""
 
 TOKENIZER_NAMES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "spiece")
 TEMPLATE_NAMES = ("chat_template", "additional_chat_templates")
@@ -48,7 +58,11 @@ def side_files_of(checkpoint: Checkpoint, tokenizer: Path) -> dict[Path, Path]:
     if tokenizer != checkpoint.path:
         sources = {name: path for name, path in sources.items() if not _of_tokenizer(name)}
         sources |= tokenizer_files(tokenizer)
-    return {name: sources[name] for name in sorted(sources) if str(name) not in OWN_FILES}
+    return {
+        name: sources[name]
+        for name in sorted(sources)
+        if str(name) not in OWN_FILES and not LEFT_BEHIND.fullmatch(name.name)
+    }
 
 
 def tokenizer_files(folder: Path) -> dict[Path, Path]:

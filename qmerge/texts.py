@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from qmerge.storage.files import read_json
 LONGEST_WINDOW = 2048
 OFFLINE_EVALUATION = EvalText(name="pydoc", spec="pydoc-eval", role="in_domain")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 TOKENIZER_HINT = "the folder needs the tokenizer files that came with the model"
 ROWS_HINT = "save the adapter again with save_embedding_layers=True, or give --partial-state"
 TOKENS_AT_ONCE = 4096
@@ -132,6 +135,43 @@ def check_tokens(tokenizer: Any, home: Path, base: Path, rows: int, *, trust: bo
             " and training saved none for it",
             hint=ROWS_HINT,
         )
+
+
+def stray_templates(home: Path, trained: Iterable[Path]) -> Iterator[str]:
+    """Chat templates that lie where something was trained, and do not come with its tokenizer."""
+    for folder in trained:
+        if folder != home and (folder / TEMPLATE).is_file():
+            yield f"{folder / TEMPLATE} is not taken: the tokenizer is that of {home}"
+
+
+def tokenizer_notes(tokenizer: Any, home: Path, base: Path, *, trust: bool) -> Iterator[str]:
+    """Where `tokenizer`, which training saved, does not go with what is taken from the base: a
+    chat template that is lost, another token at the end of an answer."""
+    try:
+        own = load_tokenizer(base, trust_remote_code=trust) if home != base else None
+    except CorpusError:
+        return
+    if own is None:
+        return
+    if own.chat_template and not tokenizer.chat_template:
+        yield f"the base has a chat template, and the tokenizer of {home}, which is taken, has none"
+    file, ends = _ends(base)
+    if ends and tokenizer.eos_token_id not in (None, own.eos_token_id, *ends):
+        yield (
+            f"training ended texts with {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), and"
+            f" {file}, which is taken, ends them with {', '.join(map(str, ends))}: what generates"
+            " from the release may not stop where it was taught to"
+        )
+
+
+def _ends(base: Path) -> tuple[Path, list[Any]]:
+    """The tokens at which generation stops, and the file of a base that says so."""
+    for file in (base / GENERATION, base / "config.json"):
+        with suppress(QmergeError):
+            ends = read_json(file).get("eos_token_id")
+            if ends is not None:
+                return file, ends if isinstance(ends, list) else [ends]
+    return base, []
 
 
 def _has_own_code(folder: Path) -> bool:

@@ -7,6 +7,7 @@ command goes on after the last unit that the journal has.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -62,7 +63,7 @@ class Workspace:
         Returns what that run gave to `publish`, or None where nothing of the kind is there.
         """
         folder = partial_folder(out)
-        if not out.is_dir() or folder.is_symlink() or not (folder / JOURNAL).is_file():
+        if not os.access(folder / JOURNAL, os.F_OK) or folder.is_symlink() or not out.is_dir():
             return None
         with cls(out, Journal.open(folder / JOURNAL)) as workspace:
             event = (workspace._journal.events() or ({},))[-1]

@@ -412,3 +412,22 @@ def test_a_base_without_a_tokenizer_is_told(
         assert status(["dequantize", str(source), str(out)]) == 0
         assert (f"{base} holds no tokenizer" in capsys.readouterr().err) == noted
         shutil.copytree(tiny_original, base, ignore=without, dirs_exist_ok=True)
+
+
+def test_what_training_and_quantizers_left_in_a_base_stays_there(
+    tiny_nf4: Path, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny_nf4, base)
+    left = {
+        "recipe.yaml", "hf_quant_config.json", "quant_config.json", "quant_log.csv",
+        "trainer_state.json", "train_results.json", "trainer_log.jsonl", "train.log",
+        "events.out.tfevents.17.host", "config.json.bak", "tokenizer.json~", "optimizer.pt",
+    }  # fmt: skip
+    kept = {"LICENSE", "modeling_own.py", "mergekit_config.yml", "preprocessor_config.json"}
+    for name in left | kept:
+        (base / name).write_text("{}")
+    export(Recipe(base=base, out=out))
+    written = {file.name for file in out.iterdir()}
+    assert kept <= written
+    assert not left & written

@@ -7,6 +7,7 @@ with the library's own, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from qmerge.formats import IntegerWeight, open_format
 from qmerge.formats.compressed_tensors import pack_compressed
 from qmerge.formats.gptq import pack_gptq
 from qmerge.pipeline import run
+from qmerge.plan import make_plan
 from qmerge.recipe import Recipe
 from qmerge.storage.checkpoint import Checkpoint
 from qmerge.verify import verify
@@ -372,6 +374,28 @@ def test_from_a_base_to_a_release(
     assert (ratio > 1e-3) is (few_bits(base) < 16)
     proof = verify(out)
     assert [check for check in proof.checks if check.outcome == "fail"] == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(8, -1, True), (4, GROUP, True), (4, GROUP, False)]
+)
+def test_a_compressed_base_gives_bits_and_group(
+    bits: int,
+    group: int,
+    symmetric: bool,
+    tiny_original: Path,
+    tiny_adapter: Path,
+    calibration_text: Path,
+    eval_text: Path,
+    tmp_path: Path,
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "release"
+    compressed(bits, group, symmetric=symmetric)(tiny_original, base)
+    recipe = asked(base, tiny_original, tiny_adapter, calibration_text, eval_text, out)
+    left = dataclasses.replace(recipe, bits=None, group_size=None, symmetric=None)
+    settings = make_plan(left).ready().settings
+    assert (settings.spec.bits, settings.spec.group_size) == (bits, group)
+    assert (settings.spec.symmetric, settings.format) == (True, "gptq")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from qmerge import machine
 from qmerge.cli import status
-from qmerge.errors import PlanError
+from qmerge.errors import InputError, PlanError
 from qmerge.export import export
 from qmerge.job import partial_folder
 from qmerge.pipeline import run
@@ -151,7 +152,7 @@ def started(recipe: Recipe, **options: Any) -> Recipe:
     return recipe
 
 
-@pytest.mark.parametrize("out", [".", "/"])
+@pytest.mark.parametrize("out", [".", "/", "nowhere/.."])
 def test_a_place_without_a_name_is_a_fault(
     asked: Recipe, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,29 @@ def test_a_place_without_a_name_is_a_fault(
     file.write_text(asked.to_yaml())
     assert status(["run", str(file), "--out", out]) == 2
     assert f"error: --out: {out} exists\nhint:" in capsys.readouterr().err
+
+
+def test_a_place_where_nothing_can_be_made_is_a_fault(
+    asked: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut, long = asked.out.with_name("shut"), asked.out.with_name("x" * 250)
+    longer = asked.out.with_name("x" * 300) / "out"
+    shut.mkdir()
+    may = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, how: (path != shut or how == os.F_OK) and may(path, how)
+    )
+    for out, said in (
+        (shut / "new" / "out", f"nothing may be written in {shut}"),
+        (long, f"{long}: a longer name than the file system takes"),
+        (longer, f"{longer}: a longer name than the file system takes"),
+    ):
+        recipe = replace(asked, out=out)
+        with pytest.raises(PlanError) as caught:
+            run(recipe)
+        assert [(fault.where, fault.message) for fault in caught.value.faults] == [("--out", said)]
+        with pytest.raises(InputError, match=re.escape(said)):
+            export(recipe)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -399,3 +423,27 @@ def test_stdout_is_for_data_and_gptqmodel_is_not_imported(asked: Recipe) -> None
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["faults"] == []
+
+
+def test_what_a_saved_tokenizer_lacks_is_told(asked: Recipe) -> None:
+    """A template of the base, and an end of answers that generation does not know."""
+    from transformers import AutoTokenizer
+
+    adapter = Path(asked.adapter[0])
+    template = "chat_template.jinja"
+    (adapter / template).write_text("{{ messages }}")
+    stray = f"{adapter / template} is not taken: the tokenizer is that of {asked.base}"
+    assert stray in make_plan(asked).summary.notes
+    (adapter / template).rename(asked.base / template)
+    tokenizer = AutoTokenizer.from_pretrained(asked.base)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(adapter)
+    lost = f"the base has a chat template, and the tokenizer of {adapter}, which is taken, has none"
+    assert lost in (notes := make_plan(asked).summary.notes)
+    assert not any("may not stop" in note for note in notes)
+    tokenizer.eos_token = "e"
+    tokenizer.save_pretrained(adapter)
+    (note,) = (note for note in make_plan(asked).summary.notes if "may not stop" in note)
+    assert "training ended texts with 'e'" in note
+    assert str(asked.base / "generation_config.json") in note
+    assert {lost, note} <= set(export(replace(asked, out=asked.out.with_name("x")))["notes"])

@@ -12,7 +12,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -70,13 +72,25 @@ def group() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code.
 
-    SIGTERM ends it as Ctrl-C does: an exception, so that files and locks are let go in order.
+    SIGTERM ends it as Ctrl-C does: an exception, so that files and locks are let go in order. So
+    does the end of a terminal, where nohup does not say otherwise.
     """
+    _open_closed_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     if not _debugging():
         for name in CHATTER:
             logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(status(arguments))
+
+
+def _open_closed_streams() -> None:
+    """The next file that is opened gets the number of a stream that was closed, and would get what
+    libraries print there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def status(arguments: Sequence[str] | None = None) -> int:
@@ -115,9 +129,10 @@ def _faults(error: QmergeError) -> tuple[Fault, ...]:
 
 
 def _tell(message: str, hint: str | None = None) -> None:
-    print(f"error: {_printable(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {_printable(hint)}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be what is full; the exit code says it too
+        print(f"error: {_printable(message)}", file=sys.stderr, flush=True)
+        if hint:
+            print(f"hint: {_printable(hint)}", file=sys.stderr, flush=True)
 
 
 def _printable(text: str) -> str:

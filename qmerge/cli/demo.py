@@ -45,7 +45,10 @@ def make_room(folder: Path) -> None:
             f"{folder} exists and was not made by qmerge demo",
             hint="run the demo in another folder, or move that one away",
         )
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    (folder / MARK).touch()
+    from qmerge.storage.shards import translated
+
+    with translated(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / MARK).touch()

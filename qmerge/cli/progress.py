@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
 from io import RawIOBase
 from pathlib import Path
@@ -140,7 +140,7 @@ class PlainProgress:
         self.place.figures = dict(found)
 
     def warn(self, message: str) -> None:
-        print(f"warning: {message}", file=self.stream, flush=True)
+        self._print(f"warning: {message}")
 
     def _line(self, text: str) -> None:
         place, self.printed = self.place, self.clock()
@@ -152,7 +152,13 @@ class PlainProgress:
             place.left(self.printed),
             memory(),
         ]
-        print(" · ".join(filter(None, parts)), file=self.stream, flush=True)
+        self._print(" · ".join(filter(None, parts)))
+
+    def _print(self, line: str) -> None:
+        """A stream that cannot be written to any more, as a log on a full disk, does not end the
+        job."""
+        with suppress(OSError):
+            print(line, file=self.stream, flush=True)
 
 
 class RichProgress:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import PurePath
 from typing import Any
 
@@ -124,7 +126,7 @@ def _arms_legend(result: RunResult) -> str:
 
 
 def _use(result: RunResult, name: str) -> str:
-    quoted = _quoted(name)
+    path = json.dumps(_plain(name), ensure_ascii=False)
     compressed = _setting(result, "format") == "compressed-tensors"
     packages = "compressed-tensors" if compressed else "gptqmodel optimum"
     loader = _setting(result, "auto_class") or "AutoModelForCausalLM"
@@ -134,15 +136,15 @@ def _use(result: RunResult, name: str) -> str:
             "```python\n"
             f"# pip install transformers accelerate {packages}\n"
             f"from transformers import {', '.join(sorted((loader, prepares)))}\n\n"
-            f'model = {loader}.from_pretrained("{quoted}", device_map="auto")\n'
-            f'{prepared} = {prepares}.from_pretrained("{quoted}")\n'
+            f'model = {loader}.from_pretrained({path}, device_map="auto")\n'
+            f"{prepared} = {prepares}.from_pretrained({path})\n"
             "```"
         ),
         "gptqmodel": (
             "```python\n"
             "# pip install gptqmodel; transformers does not open this one\n"
             "from gptqmodel import GPTQModel\n\n"
-            f'model = GPTQModel.load("{quoted}")\n'
+            f"model = GPTQModel.load({path})\n"
             "tokenizer = model.tokenizer\n"
             "```"
         ),
@@ -152,7 +154,7 @@ def _use(result: RunResult, name: str) -> str:
     refused = _refused_by_vllm(result)
     if refused:
         return f"{code}\n\nvLLM does not load it: {refused}."
-    return f"{code}\n\n```sh\n# vLLM\nvllm serve {quoted}\n```"
+    return f"{code}\n\n```sh\n# vLLM\nvllm serve {_quoted(name)}\n```"
 
 
 def _preparing(result: RunResult) -> tuple[str, str]:
@@ -220,19 +222,25 @@ def _hash(files: Any) -> str:
 
 
 def _again(result: RunResult, name: str) -> str:
-    quoted = _quoted(name)
+    recipe = _quoted(f"{name}/qmerge_recipe.yaml")
     return (
         f"Made with qmerge {escape(result.qmerge_version)}. `qmerge_recipe.yaml` in this folder"
         " holds every setting, `qmerge_report.json` all figures and the hashes of what went in."
         " From the folder that the recipe's paths start from:\n\n"
-        f"```sh\nqmerge run {quoted}/qmerge_recipe.yaml --out again\n"
-        f"qmerge compare {quoted} again\n```"
+        f"```sh\nqmerge run {recipe} --out again\n"
+        f"qmerge compare {_quoted(name)} again\n```"
     )
 
 
 def _quoted(name: str) -> str:
-    """A name inside a command: what a shell or Python would take for more than that is left out."""
-    return re.sub(r"[^\w./-]", "", name)
+    """A folder's name as a shell takes it for one argument and no option."""
+    plain = _plain(name)
+    return shlex.quote(f"./{plain}" if plain.startswith("-") else plain)
+
+
+def _plain(name: str) -> str:
+    """A name without what would end a line or a block of code, or what a terminal obeys."""
+    return "".join(c for c in name.replace("```", "") if c.isprintable())
 
 
 def _for_others(text: str) -> str:

@@ -28,7 +28,9 @@ def translate(error: OSError, path: Path) -> QmergeError:
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in _MACHINES_FAULT:
         return StorageError(f"{path}: reading failed: {reason}")
-    return CheckpointError(f"{path}: {reason}")
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    hint = "get the right to read it, and to enter the folders above it" if denied else None
+    return CheckpointError(f"{path}: {reason}", hint=hint)
 
 
 def regular_status(path: Path) -> os.stat_result:

@@ -13,7 +13,7 @@ import pytest
 
 from qmerge import cli
 from qmerge.cli.demo import FOLDER, MARK, make_room
-from qmerge.errors import Fault, RecipeError
+from qmerge.errors import Fault, RecipeError, StorageError
 from qmerge.options import options
 from qmerge.progress import Progress
 from qmerge.recipe import EvaluateRecipe, Recipe
@@ -191,3 +191,9 @@ def test_the_demo_replaces_only_its_own_folder(
     FOLDER.symlink_to("elsewhere")
     with pytest.raises(RecipeError, match="was not made by qmerge demo"):
         make_room(FOLDER)
+
+
+def test_a_place_that_the_demo_cannot_write_to_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        make_room(tmp_path / "file" / FOLDER)

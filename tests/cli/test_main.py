@@ -46,6 +46,37 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
     assert "holds no qmerge_report.json\nhint: " in done.stderr
 
 
+def test_streams_that_are_closed_take_nothing_else(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\nfrom qmerge import cli\n"
+        "def status(arguments):\n"
+        "    file = os.open('file', os.O_CREAT | os.O_WRONLY)\n"
+        "    print('said'), print('told', file=sys.stderr)\n"
+        "    return 7 if file > 2 and sys.stderr.isatty() is False else 8\n"
+        "cli.status = status\ncli.main()"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", script]
+    assert subprocess.run(words, cwd=tmp_path, check=False).returncode == 7
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_an_error_that_cannot_be_told_is_still_an_exit_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "qmerge", "verify", "nowhere"]
+        assert subprocess.run(words, stderr=full, check=False).returncode == 2
+
+
+@pytest.mark.parametrize(("start", "code"), [("", cli.INTERRUPTED), ("trap '' HUP; ", 0)])
+def test_the_end_of_a_terminal_ends_a_command_in_order(start: str, code: int) -> None:
+    """But for one that nohup keeps."""
+    script = (
+        "import signal\nfrom qmerge import cli\n"
+        "cli.group.main = lambda *_, **__: signal.raise_signal(signal.SIGHUP)\ncli.main()"
+    )
+    words = ["sh", "-c", f'{start}exec "$@"', "sh", sys.executable, "-c", script]
+    assert subprocess.run(words, check=False).returncode == code
+
+
 def test_libraries_say_nothing_while_they_are_imported(
     tiny_gptq: Path, tiny_adapter: Path, eval_text: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -43,6 +44,19 @@ def test_plain_lines_tell_stage_step_time_and_memory() -> None:
         "walk 2/4 · layer 1 · 0:30 · 1:30 left · M",
         "walk 3/4 · layer 2 · 1:00 · 1:00 left · M",
     ]
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_lines_that_cannot_be_written_end_no_job() -> None:
+    shown = PlainProgress(Full())
+    shown.stage("walk", 1)
+    shown.step("layer 0")
+    shown.warn("so")
+    assert shown.place.begun == 1
 
 
 def test_time_left_counts_what_the_step_at_hand_has_taken() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
+import shlex
+from pathlib import PurePath
 from typing import Any
 
 import pytest
@@ -109,6 +112,21 @@ def test_markdown_lets_no_markup_through() -> None:
     assert "<script" not in body
     assert "<i>" not in body
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["my release", "été", "it's $HOME", 'a "b" \\', "-rf", "a`b`;ls", "$(id) & | > *"]
+)
+def test_commands_of_the_card_take_any_folder(name: str) -> None:
+    card = render_card(finished(), name=name)
+    shell = [line for line in card.splitlines() if line.startswith(("vllm serve", "qmerge "))]
+    serve, again, compare = map(shlex.split, shell)
+    assert [PurePath(part) for part in (serve[2], compare[2])] == [PurePath(name)] * 2
+    assert PurePath(again[2]) == PurePath(name, "qmerge_recipe.yaml")
+    assert not any(part.startswith("-") for part in (serve[2], again[2], compare[2]))
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls] == [name, name]
 
 
 def test_the_card_has_front_matter_that_the_hub_reads() -> None:

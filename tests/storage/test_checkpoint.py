@@ -153,6 +153,7 @@ def test_a_file_that_changes_after_opening_is_noticed(tmp_path: Path) -> None:
 def test_an_error_of_the_machine_is_not_the_users() -> None:
     assert isinstance(translate(OSError(5, "Input/output error"), Path("x")), StorageError)
     assert isinstance(translate(OSError(36, "File name too long"), Path("x")), CheckpointError)
+    assert "right to read" in str(translate(OSError(13, "Permission denied"), Path("x")).hint)
 
 
 def test_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
