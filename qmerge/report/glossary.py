@@ -19,28 +19,27 @@ LEGEND = {
 PLAIN_BASE = {"quantized_base": "`base` the base as it is stored, without adapter"}
 OTHER_STRATEGY = "merged (substitute), release (dequantize), …"
 WORDS = {
-    "±": "a standard error over windows; of a change, that of the differences window by window",
-    "change": "perplexity over that of the reference on the same windows, less one",
-    "KL": "the mean of KL(reference ‖ arm) over tokens, in nats",
-    "same top token": "share of tokens after which the arm and the reference hold the same one for"
-    " the likeliest",
+    "±": "a standard error over windows; for a change, that of the differences window by window",
+    "change": "perplexity over the reference's on the same windows, less one",
+    "KL": "mean of KL(reference ‖ arm) over tokens, in nats",
+    "same top token": "share of tokens after which arm and reference find the same token likeliest",
     "adapter's gain kept": "ln(base / release) / ln(base / trained), of perplexities",
     OTHER_STRATEGY: "what the strategy that was not published came"
     " to: substitute merges onto the original, dequantize onto the decoded base",
-    "survival": "share of the change that merging made to a linear's output which the release still"
-    " has, along that change: ⟨E, D⟩ / ⟨D, D⟩ over the calibration text, for the merged weight D"
-    " and the released one E, both less the weight before the merge; 1 is whole, 0 erased; of"
-    " several linears, products are summed first",
-    "noise": "how far what the release has is from that change, in power over the change's own:"
-    " ‖E − D‖² / ‖D‖²",
+    "survival": "share of what merging changed in a linear's output that the release still has, on"
+    " the calibration text: ⟨E, D⟩ / ⟨D, D⟩, for the merged weight D and the released one E, both"
+    " less the weight before the merge; 1 is whole, 0 erased; of several linears, products are"
+    " summed first",
+    "noise": "how far the release is from that change, in power over the change's own: ‖E − D‖² /"
+    " ‖D‖²",
     "update of a step": "root mean square of D over the release's mean quantization step",
-    "codes changed": "share of the release's codes that differ from the base's, where the base has"
-    " such codes and the adapter changed the linear",
+    "codes changed": "share of codes that differ from the base's, in linears that the adapter"
+    " changed and whose base has such codes",
     "base's error / adapter's effect": "‖W − B‖ / ‖D‖ in a linear's output, for the original's"
     " weight W and the base's B",
     "error": "‖M − Q‖² / ‖M‖² in a linear's output, for the weight M that was to be quantized and"
     " the released one Q",
-    "grid": "steps and zero points: fresh ones, or anchored, the base's own, by share of rows",
+    "grid": "steps and zero points: fresh, or anchored (the base's own), by share of rows",
     "damping": "what was added to the Hessian's diagonal, as a share of its mean",
 }
 """What tables and lines call things, for those who did not write them."""

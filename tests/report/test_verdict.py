@@ -167,9 +167,9 @@ def test_the_words_are_told_where_they_are_used() -> None:
 
 def test_the_words_are_the_readme_s() -> None:
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    text = " ".join(readme.read_text(encoding="utf-8").split())
+    lines = readme.read_text(encoding="utf-8").splitlines()
     for word, meaning in WORDS.items():
-        assert f"- **{word}**: {meaning}" in text
+        assert f"| **{word}** | {meaning} |" in lines
 
 
 def test_the_layer_that_hurts_is_pointed_at() -> None:
