@@ -191,7 +191,7 @@ def write_model(folder: Path, layers: int) -> None:
 
 
 def write_adapter(folder: Path, model: Path) -> None:
-    """A LoRA on every linear of a dense model, whose update is some hundredths of a 4-bit step."""
+    """A LoRA on every linear of a dense model, whose update is about a 4-bit step."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -201,7 +201,7 @@ def write_adapter(folder: Path, model: Path) -> None:
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1e-3)
+            torch.nn.init.normal_(parameter, std=5e-2)
     tuned.save_pretrained(folder)
 
 
